@@ -1,0 +1,1 @@
+"""How a bundle goes live and is watched: drift, register."""

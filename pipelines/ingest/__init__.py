@@ -1,0 +1,1 @@
+"""How raw becomes features: fetch, load, validate, featurize."""

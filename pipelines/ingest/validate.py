@@ -1,0 +1,212 @@
+"""validate: what must hold, row by row and for the table.
+
+in:   data/events/, expectations/<dataset>.json
+out:  data/accepted/, data/quarantine/ (rows with the expectations they broke), reports/validate/verdict.json
+page: reports/validate/data_docs/index.html (Great Expectations; for eyes, not tracked)
+run:  dvc repro validate
+
+A column expectation without `mostly` is about rows: rows that break it go to quarantine. Any other is about
+the table: a breach stops the run. An expectation that raised is a fault, never a pass.
+"""
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import stage, tables
+from pipelines.errors import UserError
+from pipelines.ingest.load import EVENTS
+from pipelines.params import Params
+
+if TYPE_CHECKING:
+    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+    from pyspark.sql import DataFrame
+
+ACCEPTED = Path("data/accepted")
+QUARANTINE = Path("data/quarantine")
+REPORT = Path("reports/validate")
+SUITES = Path("expectations")
+
+
+def run(params: Params) -> None:
+    from pipelines.ingest import engine
+
+    suite = read_suite(params.dataset.name)
+    with engine.session(params.engine) as spark:
+        events = spark.read.parquet(str(EVENTS.resolve()))
+        stage.say("validate", f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events")
+        result = check(events, suite, params.dataset.key, docs=REPORT / "data_docs")
+    stop_on_table_breach(result)
+    reasons = broken_rows(result, params.dataset.key)
+    total = tables.count(EVENTS)
+    if len(reasons) > params.validate_.max_quarantine * total:
+        raise UserError(
+            f"{len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}; "
+            f"expected at most the share validate.max_quarantine = {params.validate_.max_quarantine}"
+        )
+    _divide(reasons, params.dataset.key)
+    stage.write_json(REPORT / "verdict.json", verdict(result, total, len(reasons)))
+    stage.say("validate", f"{total - len(reasons):,} accepted, {len(reasons):,} in quarantine")
+
+
+def read_suite(dataset: str) -> dict[str, Any]:
+    """The suite of a table, as the plain values Great Expectations takes."""
+    path = SUITES / f"{dataset}.json"
+    try:
+        suite: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a dataset needs its suite of expectations") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    return suite
+
+
+def check(
+    frame: "DataFrame", suite: dict[str, Any], key: list[str], docs: Path
+) -> "ExpectationSuiteValidationResult":
+    """Run the suite on the engine's frame and build the Data Docs. The result names broken rows by key."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import great_expectations as gx
+    from great_expectations.exceptions import GreatExpectationsError
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    asset = context.data_sources.add_spark(name="engine").add_dataframe_asset(suite["name"])
+    try:
+        expectations = context.suites.add(gx.ExpectationSuite(**suite))
+    except (GreatExpectationsError, TypeError, ValueError) as error:
+        raise UserError(f"expectations/{suite['name']}.json: {' '.join(str(error).split())[:300]}") from None
+    definition = context.validation_definitions.add(
+        gx.ValidationDefinition(
+            name=suite["name"],
+            data=asset.add_batch_definition_whole_dataframe("all"),
+            suite=expectations,
+        )
+    )
+    site = {
+        "class_name": "SiteBuilder",
+        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+        "store_backend": {
+            "class_name": "TupleFilesystemStoreBackend",
+            "base_directory": str(docs.resolve()),
+        },
+    }
+    context.update_data_docs_site("local_site", site)
+    checkpoint = context.checkpoints.add(
+        gx.Checkpoint(
+            name=suite["name"],
+            validation_definitions=[definition],
+            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": key},
+        )
+    )
+    outcome = checkpoint.run(batch_parameters={"dataframe": frame})
+    context.build_data_docs()
+    (result,) = outcome.run_results.values()
+    raise_on_exception(result)
+    return result
+
+
+def raise_on_exception(result: "ExpectationSuiteValidationResult") -> None:
+    """Raise where an expectation could not be computed: its verdict would mean nothing."""
+    for item in result.results:
+        info = item.exception_info or {}
+        for entry in [info] if "raised_exception" in info else info.values():
+            if entry["raised_exception"]:
+                text = " ".join(str(entry["exception_message"]).split())
+                raise RuntimeError(f"{_name(item)} could not be computed: {text[:300]}")
+
+
+def is_about_rows(item: "ExpectationValidationResult") -> bool:
+    """Whether the expectation speaks of each row: a map over columns, with no tolerated share."""
+    kwargs = item.expectation_config.kwargs
+    return "unexpected_count" in item.result and kwargs.get("mostly", 1.0) == 1.0
+
+
+def stop_on_table_breach(result: "ExpectationSuiteValidationResult") -> None:
+    """Raise UserError with the first breach that is not about rows."""
+    for item in result.results:
+        if not item.success and not is_about_rows(item):
+            seen = item.result.get("observed_value", item.result.get("unexpected_percent"))
+            bounds = {
+                k: v for k, v in item.expectation_config.kwargs.items() if k not in ("batch_id", "column")
+            }
+            raise UserError(f"{EVENTS}: {_name(item)}: observed {seen}; expected {bounds}")
+
+
+def broken_rows(
+    result: "ExpectationSuiteValidationResult", key: list[str]
+) -> dict[tuple[Any, ...], list[str]]:
+    """Key of a row → the names of the expectations it broke."""
+    broken: dict[tuple[Any, ...], list[str]] = {}
+    for item in result.results:
+        if not item.success:
+            for row in item.result["unexpected_index_list"]:
+                broken.setdefault(tuple(_aware(row[column]) for column in key), []).append(_name(item))
+    return broken
+
+
+def _aware(value: Any) -> Any:
+    """The engine's collected times are naive in local time; the tables hold UTC."""
+    return value.astimezone() if isinstance(value, datetime) and value.tzinfo is None else value
+
+
+def _name(item: "ExpectationValidationResult") -> str:
+    """`column: type`, the name of an expectation for people."""
+    kwargs = item.expectation_config.kwargs
+    columns = [str(kwargs[k]) for k in ("column", "column_A", "column_B") if k in kwargs]
+    kind = item.expectation_config.type.removeprefix("expect_")
+    return f"{', '.join(columns)}: {kind}" if columns else kind
+
+
+def _failed(result: "ExpectationSuiteValidationResult") -> list[str]:
+    return [_name(item) for item in result.results if not item.success]
+
+
+def _divide(reasons: dict[tuple[Any, ...], list[str]], key: list[str]) -> None:
+    """Write every event to exactly one of accepted and quarantine, order kept."""
+    with stage.fresh(ACCEPTED) as accepted, stage.fresh(QUARANTINE) as quarantine:
+        for file, month in zip(tables.months(EVENTS), tables.read_months(EVENTS), strict=True):
+            why = [None] * month.num_rows if not reasons else _reasons(month, reasons, key)
+            column = pa.array(why, pa.list_(pa.string()))
+            good = pc.is_null(column)
+            tables.write(month.filter(good), accepted / file.name)
+            tables.write(
+                month.append_column("reasons", column).filter(pc.invert(good)), quarantine / file.name
+            )
+
+
+def _reasons(
+    month: pa.Table, reasons: dict[tuple[Any, ...], list[str]], key: list[str]
+) -> list[list[str] | None]:
+    columns = (month[column].to_pylist() for column in key)
+    return [reasons.get(row) for row in zip(*columns, strict=True)]
+
+
+def verdict(result: "ExpectationSuiteValidationResult", rows: int, quarantined: int) -> dict[str, Any]:
+    """The stable part of the result: what was expected, and how many rows broke it."""
+    return {
+        "rows": rows,
+        "accepted": rows - quarantined,
+        "quarantined": quarantined,
+        "expectations": sorted(
+            (
+                {
+                    "name": _name(item),
+                    "about": "rows" if is_about_rows(item) else "table",
+                    "success": bool(item.success),
+                    "unexpected": item.result.get("unexpected_count", 0),
+                }
+                for item in result.results
+            ),
+            key=lambda line: (line["name"], line["about"]),
+        ),
+    }
+
+
+if __name__ == "__main__":
+    stage.main(run)

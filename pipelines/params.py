@@ -1,0 +1,121 @@
+"""`params.yaml`, typed and strict: an unknown, missing or ill-typed key is one line that names it."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pipelines.errors import UserError
+
+FILE = Path("params.yaml")
+
+
+def _moment(value: object) -> datetime:
+    """An ISO 8601 text as an aware time; without an offset it is UTC."""
+    if not isinstance(value, str):
+        raise ValueError('expected a quoted ISO 8601 time such as "2013-12-01"')
+    moment = datetime.fromisoformat(value)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Table(_Block):
+    """One table of the source: its columns and their types, its key, the columns that cut it by month."""
+
+    batch: list[str] | None
+    key: list[str]
+    columns: dict[str, Literal["int", "float", "string", "timestamp"]]
+
+
+class Dataset(_Block):
+    """Everything the pipeline knows about the data, beside the two SQL files and the suite."""
+
+    name: str
+    package: str
+    timezone: str
+    horizon_minutes: Positive
+    key: list[str]
+    time: str
+    tables: dict[str, Table]
+
+
+class Fetch(_Block):
+    source: str
+
+
+class Validate(_Block):
+    max_quarantine: Share
+
+
+class Featurize(_Block):
+    test_days: Positive
+    val_days: Positive
+
+
+class Params(_Block):
+    as_of: Moment
+    engine: Annotated[str, Field(pattern=r"^(embedded|local\[\d+\]|spark://.+|sc://.+)$")]
+    fetch: Fetch
+    validate_: Annotated[Validate, Field(alias="validate")]
+    featurize: Featurize
+    dataset: Dataset
+
+    @property
+    def test_from(self) -> datetime:
+        """The first moment of the test rows."""
+        return self.as_of - timedelta(days=self.featurize.test_days)
+
+    @property
+    def val_from(self) -> datetime:
+        """The first moment of the validation rows."""
+        return self.test_from - timedelta(days=self.featurize.val_days)
+
+
+def load(path: Path = FILE) -> Params:
+    """Read and check `path`. Raises UserError with one line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing in {Path.cwd()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is empty; expected the keys {', '.join(Params.model_fields)}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake as `key: what is wrong; what is allowed`."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; allowed here: {', '.join(_keys_beside(first['loc']))}"
+    if first["type"] == "missing":
+        return f"{key}: missing key; it is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed in the block that holds `loc`."""
+    block: Any = Params
+    for part in loc[:-1]:
+        names = {field.alias or name: field for name, field in getattr(block, "model_fields", {}).items()}
+        annotation = names[str(part)].annotation if str(part) in names else block
+        inner = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        block = inner[-1] if inner else annotation
+    return [field.alias or name for name, field in block.model_fields.items()]

@@ -1,0 +1,156 @@
+"""What every stage shares: its command line, its errors, its outputs that appear whole or not at all.
+
+A stage is a module with `run(params)`. `python -m pipelines.<phase>.<stage>` runs it in the current folder.
+Exit status: 0 done, 1 a fault of the system, 2 a mistake of the user (bad data, bad params).
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines import params as parameters
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+# What belongs to this machine and not to the graph: tracking store, timings, scratch. Git-ignored.
+STATE = Path(".state")
+
+
+def main(run: Callable[[Params], None]) -> None:
+    """Run one stage as a process of its own and exit with its status."""
+    module = sys.modules["__main__"]
+    assert module.__spec__ is not None, "a stage is started with python -m"
+    name = module.__spec__.name
+    argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=module.__doc__,
+        epilog="Takes no options: the numbers stand in params.yaml of the current folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    stage = name.rpartition(".")[2]
+    sys.exit(_guarded(stage, run))
+
+
+def _guarded(stage: str, run: Callable[[Params], None]) -> int:
+    """Run, and turn every exception into one line and a status. The traceback goes to a file."""
+    try:
+        run(parameters.load())
+    except UserError as error:
+        print(f"{stage}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        print(f"{stage}: fault: {_one_line(error)}", file=sys.stderr, flush=True)
+        _keep_traceback(stage)
+        return 1
+    _record_usage(stage)
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk while writing {error.filename or 'an output'}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _keep_traceback(stage: str) -> None:
+    try:
+        log = STATE / "faults" / f"{stage}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc())
+        print(f"{stage}: the traceback is in {log}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk must not hide the fault itself
+        traceback.print_exc()
+
+
+def _record_usage(stage: str) -> None:
+    """Keep seconds since process start, imports included, and peak memory, for the closing screen."""
+    seconds = time.time() - _process_start()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    write_json(
+        STATE / "usage" / f"{stage}.json",
+        {"seconds": round(seconds, 1), "peak_mb": round(peak * unit / 1e6)},
+    )
+
+
+def _process_start() -> float:
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+def say(stage: str, text: str) -> None:
+    """One line of progress."""
+    print(f"{stage}: {text}", flush=True)
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its place when the block ends without an error.
+
+    A killed stage leaves at most the folder beside it, which the next run removes.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+@contextmanager
+def scratch(stage: str) -> Iterator[Path]:
+    """Yield an empty folder for intermediate files; it is gone afterwards."""
+    folder = STATE / "scratch" / stage
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write canonical JSON (sorted keys, no NaN), whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that an earlier stage wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it: dvc repro") from None
+
+
+def digest(folder: Path) -> str:
+    """The name of a folder's content: SHA-256 over the sorted names and digests of its files."""
+    lines = [
+        f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,39 @@
+"""Tables on disk: Parquet whose bytes depend on the rows alone, one file per month of event time."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import UserError
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file without metadata of its maker. The caller gives the rows in full order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
+
+
+def months(folder: Path) -> list[Path]:
+    """The month files of a table in order of time. Raises UserError where there is none."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder} holds no Parquet file; run the stage that writes it: dvc repro")
+    return files
+
+
+def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """All months of a table, in order of time."""
+    return pa.concat_tables(read_months(folder, columns))
+
+
+def read_months(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The months of a table one at a time, so that memory holds one."""
+    for file in months(folder):
+        yield pq.read_table(file, columns=None if columns is None else list(columns))
+
+
+def count(folder: Path) -> int:
+    """The number of rows, from the footers alone."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))

@@ -1,0 +1,1 @@
+"""How features become a bundle: fit, evaluate, package."""
