@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 
 from pipelines.errors import UserError
 
@@ -38,6 +38,32 @@ class Table(_Block):
     columns: dict[str, Literal["int", "float", "string", "timestamp"]]
 
 
+class Group(_Block):
+    """Features that belong together."""
+
+    categories: list[str]
+    numbers: list[str]
+
+
+class Features(RootModel[dict[str, Group]]):
+    """The groups by name, and the features of all of them in the order of the bundle's columns."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @property
+    def categories(self) -> list[str]:
+        return [name for group in self.root.values() for name in group.categories]
+
+    @property
+    def numbers(self) -> list[str]:
+        return [name for group in self.root.values() for name in group.numbers]
+
+    @property
+    def names(self) -> list[str]:
+        """Categories first, then numbers."""
+        return self.categories + self.numbers
+
+
 class Dataset(_Block):
     """Everything the pipeline knows about the data, beside the two SQL files and the suite."""
 
@@ -48,6 +74,9 @@ class Dataset(_Block):
     key: list[str]
     time: str
     tables: dict[str, Table]
+    features: Features
+    canary: list[str]
+    slices: list[str]
 
 
 class Fetch(_Block):
