@@ -92,6 +92,19 @@ class Featurize(_Block):
     val_days: Positive
 
 
+class Drift(_Block):
+    window_days: Positive
+    max_auc_fall: Share
+    max_log_loss_rise: Annotated[float, Field(ge=0)]
+    max_prediction_drift: Annotated[float, Field(ge=0)]
+    max_label_shift: Share
+
+
+class Tracking(_Block):
+    uri: str
+    artifacts: str
+
+
 class Params(_Block):
     as_of: Moment
     engine: Annotated[str, Field(pattern=r"^(embedded|local\[\d+\]|spark://.+|sc://.+)$")]
@@ -99,6 +112,13 @@ class Params(_Block):
     validate_: Annotated[Validate, Field(alias="validate")]
     featurize: Featurize
     dataset: Dataset
+    drift: Drift
+    tracking: Tracking
+
+    @property
+    def window_from(self) -> datetime:
+        """The first moment of the newest window."""
+        return self.as_of - timedelta(days=self.drift.window_days)
 
     @property
     def test_from(self) -> datetime:

@@ -1,0 +1,110 @@
+"""register: the bundle becomes a version in MLflow. An effect: told twice, it acts once.
+
+in:   models/bundle/, reports/
+out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first becomes champion,
+      a later one challenger
+run:  python -m pipelines.deploy.register
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import stage, tracking
+from pipelines.deploy import bundle
+from pipelines.params import Params
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+FIT = Path("models/fit")
+
+
+def run(params: Params) -> None:
+    digest = stage.digest(bundle.FOLDER)
+    contract = stage.read_json(bundle.FOLDER / bundle.CONTRACT)
+    store, experiment = tracking.client(params)
+    name = params.dataset.name
+    version = find(store, name, digest)
+    new = version is None
+    if version is None:
+        version = create(store, experiment, name, digest, contract)
+    aliases = settle(store, name, version)
+    entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}
+    stage.write_json(record(params, digest), entry)
+    state = "new" if new else "already there"
+    stage.say("register", f"{name} version {version.version} ({', '.join(aliases)}), {state}, bundle {digest[:12]}")
+
+
+def record(params: Params, digest: str) -> Path:
+    """The ledger line of one registration at one tracking store, so that asking again costs no import."""
+    place = hashlib.sha256(params.tracking.uri.encode()).hexdigest()[:12]
+    return stage.STATE / "ledger" / place / f"{digest}.json"
+
+
+def find(store: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
+    """The oldest version whose bundle has this hash."""
+    found = store.search_model_versions(f"name = '{name}' and tags.bundle = '{digest}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def create(
+    store: "MlflowClient", experiment: str, name: str, digest: str, contract: dict[str, Any]
+) -> "ModelVersion":
+    """Log the bundle as an MLflow model and make it a version, complete from its first moment on."""
+    import mlflow
+    import onnx
+    from mlflow.exceptions import MlflowException
+
+    run_id = _run_of(store, experiment, contract)
+    with mlflow.start_run(run_id=run_id):
+        mlflow.log_metrics({f"test.{k}": v["value"] for k, v in contract["metrics"].items()})
+        info = mlflow.onnx.log_model(
+            onnx.load(bundle.FOLDER / bundle.MODEL),
+            name="bundle",
+            extra_files=[str(path) for path in sorted(bundle.FOLDER.glob("*")) if path.name != bundle.MODEL],
+            pip_requirements=["onnxruntime", "numpy"],
+        )
+    try:
+        store.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"bundle": digest, "git_commit": tracking.git_commit(), "as_of": contract["as_of"]}
+    made = store.create_model_version(
+        name, source=info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
+    )
+    # Two registrations at once both got here: the older version stays.
+    oldest = find(store, name, digest)
+    if oldest is not None and oldest.version != made.version:
+        store.delete_model_version(name, made.version)
+        return oldest
+    return made
+
+
+def _run_of(store: "MlflowClient", experiment: str, contract: dict[str, Any]) -> str:
+    """The run that fitted these weights, or a new one where another machine fitted them."""
+    fit = stage.digest(FIT)
+    runs = store.search_runs([experiment], f"tags.fit = '{fit}'", max_results=1)
+    if runs:
+        return str(runs[0].info.run_id)
+    run = store.create_run(experiment, tags={"fit": fit, "git_commit": tracking.git_commit()})
+    return str(run.info.run_id)
+
+
+def settle(store: "MlflowClient", name: str, version: "ModelVersion") -> list[str]:
+    """Give the version its alias and return all it has. The first is champion; a later one challenger."""
+    aliases: dict[str, str] = dict(store.get_registered_model(name).aliases)
+    number = str(version.version)
+    if CHAMPION not in aliases:
+        store.set_registered_model_alias(name, CHAMPION, number)
+    elif number not in (str(held) for held in aliases.values()):
+        store.set_registered_model_alias(name, CHALLENGER, number)
+    held = dict(store.get_registered_model(name).aliases)
+    return sorted(alias for alias, number_held in held.items() if str(number_held) == number)
+
+
+if __name__ == "__main__":
+    stage.main(run)
