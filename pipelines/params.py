@@ -64,6 +64,13 @@ class Features(RootModel[dict[str, Group]]):
         return self.categories + self.numbers
 
 
+class Behaviour(_Block):
+    """What must hold of the mean risk: adding `raises` never lowers it, losing `missing` hardly moves it."""
+
+    raises: dict[str, dict[str, float]]
+    missing: dict[str, list[str]]
+
+
 class Dataset(_Block):
     """Everything the pipeline knows about the data, beside the two SQL files and the suite."""
 
@@ -77,6 +84,7 @@ class Dataset(_Block):
     features: Features
     canary: list[str]
     slices: list[str]
+    behaviour: Behaviour
 
 
 class Fetch(_Block):
@@ -90,6 +98,47 @@ class Validate(_Block):
 class Featurize(_Block):
     test_days: Positive
     val_days: Positive
+
+
+class Trainer(_Block):
+    """The hardware of training, in Lightning's words."""
+
+    accelerator: str
+    devices: Positive
+    nodes: Positive
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    threads: Positive
+
+
+class Fit(_Block):
+    model: str
+    seed: int
+    batch_size: Positive
+    max_epochs: Positive
+    patience: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    hidden: list[Positive]
+    embedding: Positive
+    quantiles: Annotated[int, Field(ge=2)]
+    trainer: Trainer
+
+
+class Evaluate(_Block):
+    resamples: Positive
+    min_auc: Share
+    max_calibration_error: Share
+    max_missing_shift: Share
+    leak_auc: Share
+    canary_epochs: Positive
+    baseline_iterations: Positive
+
+
+class Package(_Block):
+    parity: Annotated[float, Field(gt=0)]
+    reference_rows: Positive
+    threshold: Share
 
 
 class Drift(_Block):
@@ -112,6 +161,9 @@ class Params(_Block):
     validate_: Annotated[Validate, Field(alias="validate")]
     featurize: Featurize
     dataset: Dataset
+    fit: Fit
+    evaluate: Evaluate
+    package: Package
     drift: Drift
     tracking: Tracking
 

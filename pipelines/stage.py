@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ def main(run: Callable[[Params], None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     stage = name.rpartition(".")[2]
-    sys.exit(_guarded(stage, run))
+    status = _guarded(stage, run)
+    _record_usage(stage, status)
+    sys.exit(status)
 
 
 def _guarded(stage: str, run: Callable[[Params], None]) -> int:
@@ -56,7 +58,6 @@ def _guarded(stage: str, run: Callable[[Params], None]) -> int:
         print(f"{stage}: fault: {_one_line(error)}", file=sys.stderr, flush=True)
         _keep_traceback(stage)
         return 1
-    _record_usage(stage)
     return 0
 
 
@@ -77,15 +78,18 @@ def _keep_traceback(stage: str) -> None:
         traceback.print_exc()
 
 
-def _record_usage(stage: str) -> None:
+def _record_usage(stage: str, status: int) -> None:
     """Keep seconds since process start, imports included, and peak memory, for the closing screen."""
-    seconds = time.time() - _process_start()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
-    write_json(
-        STATE / "usage" / f"{stage}.json",
-        {"seconds": round(seconds, 1), "peak_mb": round(peak * unit / 1e6)},
-    )
+    use = {
+        "status": status,
+        "seconds": round(time.time() - _process_start(), 1),
+        "peak_mb": round(peak * unit / 1e6),
+    }
+    # A disk too full for this note has been reported already.
+    with suppress(OSError):
+        write_json(STATE / "usage" / f"{stage}.json", use)
 
 
 def _process_start() -> float:

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ from pipelines.params import Params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from pytorch_lightning.loggers import MLFlowLogger
 
 SQLITE = "sqlite:///"
 
@@ -16,6 +19,7 @@ SQLITE = "sqlite:///"
 def client(params: Params) -> tuple["MlflowClient", str]:
     """A client of tracking.uri and the id of the dataset's experiment, both made where they are missing."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import logging
 
@@ -35,6 +39,38 @@ def client(params: Params) -> tuple["MlflowClient", str]:
     artifacts = Path(params.tracking.artifacts)
     location = str(artifacts) if "://" in params.tracking.artifacts else artifacts.resolve().as_uri()
     return store, str(store.create_experiment(name, artifact_location=location))
+
+
+def exists(params: Params) -> bool:
+    """Whether the store can hold anything yet: a file store that is gone holds nothing."""
+    uri = params.tracking.uri
+    return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).is_file()
+
+
+@contextmanager
+def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
+    """Yield Lightning's logger on a new run with the params of the stage; it ends as finished or failed."""
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    store, experiment = client(params)
+    made = store.create_run(
+        experiment, run_name=stage, tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()}
+    )
+    logger = MLFlowLogger(params.dataset.name, tracking_uri=params.tracking.uri, run_id=made.info.run_id)
+    for name, value in getattr(params, stage).model_dump().items():
+        store.log_param(made.info.run_id, f"{stage}.{name}", value)
+    try:
+        yield logger
+    except BaseException:
+        store.set_terminated(made.info.run_id, "FAILED")
+        raise
+    store.set_terminated(made.info.run_id, "FINISHED")
+
+
+def tag(logger: "MLFlowLogger", tags: dict[str, str]) -> None:
+    """Put tags on the run of `logger`."""
+    for name, value in tags.items():
+        logger.experiment.set_tag(logger.run_id, name, value)
 
 
 def git_commit() -> str:

@@ -19,8 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import stage, tables
-from pipelines.deploy import bundle
+from pipelines import bundle, stage, tables
 from pipelines.errors import UserError
 from pipelines.params import Drift, Params
 

@@ -1,8 +1,8 @@
 """register: the bundle becomes a version in MLflow. An effect: told twice, it acts once.
 
 in:   models/bundle/, reports/
-out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first becomes champion,
-      a later one challenger
+out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first that passed its
+      evaluation becomes champion, any other challenger
 run:  python -m pipelines.deploy.register
 """
 
@@ -10,8 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import stage, tracking
-from pipelines.deploy import bundle
+from pipelines import bundle, stage, tracking
 from pipelines.params import Params
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def run(params: Params) -> None:
     new = version is None
     if version is None:
         version = create(store, experiment, name, digest, contract)
-    aliases = settle(store, name, version)
+    aliases = settle(store, name, version, passed=contract["passed"])
     entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}
     stage.write_json(record(params, digest), entry)
     state = "new" if new else "already there"
@@ -64,15 +63,22 @@ def create(
         info = mlflow.onnx.log_model(
             onnx.load(bundle.FOLDER / bundle.MODEL),
             name="bundle",
-            extra_files=[str(path) for path in sorted(bundle.FOLDER.glob("*")) if path.name != bundle.MODEL],
+            # The bundle itself, byte for byte; MLflow's own copy of the model is for its own server.
+            extra_files=[str(path) for path in sorted(bundle.FOLDER.glob("*"))],
             pip_requirements=["onnxruntime", "numpy"],
+            save_as_external_data=False,
         )
     try:
         store.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {"bundle": digest, "git_commit": tracking.git_commit(), "as_of": contract["as_of"]}
+    tags = {
+        "bundle": digest,
+        "git_commit": tracking.git_commit(),
+        "as_of": contract["as_of"],
+        "passed": str(contract["passed"]).lower(),
+    }
     made = store.create_model_version(
         name, source=info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
     )
@@ -94,11 +100,14 @@ def _run_of(store: "MlflowClient", experiment: str, contract: dict[str, Any]) ->
     return str(run.info.run_id)
 
 
-def settle(store: "MlflowClient", name: str, version: "ModelVersion") -> list[str]:
-    """Give the version its alias and return all it has. The first is champion; a later one challenger."""
+def settle(store: "MlflowClient", name: str, version: "ModelVersion", *, passed: bool) -> list[str]:
+    """Give the version its alias and return all it has.
+
+    The first that passed its evaluation is champion; any other is challenger.
+    """
     aliases: dict[str, str] = dict(store.get_registered_model(name).aliases)
     number = str(version.version)
-    if CHAMPION not in aliases:
+    if CHAMPION not in aliases and passed:
         store.set_registered_model_alias(name, CHAMPION, number)
     elif number not in (str(held) for held in aliases.values()):
         store.set_registered_model_alias(name, CHALLENGER, number)

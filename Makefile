@@ -1,0 +1,48 @@
+# The verbs. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench constraints clean
+SHELL := /bin/bash
+
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# uv looks for wheels on disk only where it is told to; then it and pip behave alike.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+PYTHON ?= python3
+
+help: ## list the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+		| while IFS='|' read -r verb text; do printf '  make %-12s %s\n' "$$verb" "$$text"; done
+
+setup: $(READY) ## make .venv from constraints.txt (the other verbs do it when needed)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
+	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --compile-bytecode \
+		-c constraints.txt -e '.[airflow,serve,dev]'
+	@touch $@
+
+run: $(READY) ## take the flights from raw files to a registered, watched bundle
+	@python -m pipelines.run
+
+test: $(READY) ## run the tests that need no network and no Java; with Java, those too
+	@pytest
+
+check: $(READY) ## format, lint, types, import rules: reads only
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+bench: $(READY) ## measure speed, quality over seeds, and the same lock from two clones
+	@python benchmarks/bench.py
+
+constraints: $(READY) ## resolve constraints.txt anew from pyproject.toml
+	uv pip compile --quiet --upgrade --python-version 3.11 --all-extras --no-header --no-annotate \
+		pyproject.toml \
+		| grep -vE '^(nvidia|cuda|triton)' | sed -E 's/\+cpu$$//' > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## remove what was made: data, models, reports, state and .venv; what git tracks stays
+	rm -rf data models reports .state $(VENV) .dvc/cache .dvc/tmp

@@ -1,0 +1,142 @@
+"""run: every stale stage, then register, then one screen.
+
+in:   params.yaml, dvc.yaml
+out:  what `dvc repro` and `python -m pipelines.deploy.register` give
+run:  make run
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import bundle, stage, tracking
+from pipelines import params as parameters
+from pipelines.deploy import register
+from pipelines.errors import UserError
+from pipelines.ingest import fetch
+from pipelines.params import Params
+
+STAGES = ("fetch", "load", "validate", "featurize", "fit", "evaluate", "package", "drift", "register")
+REPORTS = Path("reports")
+
+
+def main() -> int:
+    """Exit status: 0, 2 where the user can mend it, else 1."""
+    argparse.ArgumentParser(
+        prog="python -m pipelines.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    started = time.time()
+    try:
+        params = parameters.load()
+        if fetch.RAW.is_dir() and fetch.changed(params):
+            stage.say("run", f"{params.fetch.source} changed since it was fetched")
+            _dvc("--force", "--single-item", "fetch")
+        _dvc()
+        digest = stage.digest(bundle.FOLDER)
+        entry = register.record(params, digest)
+        if not (tracking.exists(params) and entry.is_file()):
+            _call([sys.executable, "-m", "pipelines.deploy.register"])
+    except UserError as error:
+        print(f"run: error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError:
+        failed = [name for name, use in usage(started).items() if use["status"] != 0]
+        return max((usage(started)[name]["status"] for name in failed), default=1)
+    print(screen(params, started, stage.read_json(entry)))
+    return 0
+
+
+def _dvc(*options: str) -> None:
+    _call([sys.executable, "-m", "dvc", "repro", *options])
+
+
+def _call(command: list[str]) -> None:
+    """Run with this environment's `python` first on the path: dvc.yaml's commands name it so."""
+    here = str(Path(sys.executable).parent)
+    env = os.environ | {"PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1"}
+    subprocess.run(command, check=True, env=env)
+
+
+def usage(since: float = 0.0) -> dict[str, dict[str, Any]]:
+    """What each stage last took, for those that ended after `since`."""
+    files = {name: stage.STATE / "usage" / f"{name}.json" for name in STAGES}
+    return {
+        name: stage.read_json(file)
+        for name, file in files.items()
+        if file.is_file() and file.stat().st_mtime >= since
+    }
+
+
+def screen(params: Params, started: float, version: dict[str, Any]) -> str:
+    """What was made, how good it is, what it took, and where to look."""
+    ran = usage(started)
+    spent = time.time() - started
+    head = f"{len(ran)} stages in {spent:.0f} s" if ran else f"Nothing changed, nothing ran ({spent:.1f} s)"
+    parts = [head, *_data(), *_quality(), *_watch(version), *_cost(ran), *_where(params)]
+    return "\n".join(["", *parts])
+
+
+def _data() -> list[str]:
+    checked = stage.read_json(REPORTS / "validate" / "verdict.json")
+    rows = stage.read_json(REPORTS / "evaluate" / "verdict.json")["rows"]
+    split = ", ".join(f"{name} {rows[name]:,}" for name in ("train", "val", "test"))
+    return [
+        "",
+        f"  rows        {checked['rows']:,} in, {checked['quarantined']:,} in quarantine, "
+        f"{sum(rows.values()):,} with label ({split})",
+    ]
+
+
+def _quality() -> list[str]:
+    outcome = stage.read_json(REPORTS / "evaluate" / "verdict.json")
+    lines = ["", f"  {'test rows':<18}{'model':<26}gradient boosting"]
+    for name, figure in outcome["metrics"].items():
+        lines.append(f"  {name.replace('_', ' '):<18}{_figure(figure):<26}{_figure(outcome['baseline'][name])}")
+    checks = outcome["behaviour"]
+    passed = sum(check["passed"] for check in checks)
+    verdict = "passed" if outcome["passed"] else "not passed: " + "; ".join(outcome["reasons"])
+    return [*lines, f"  behaviour {passed} of {len(checks)}, verdict {verdict}"]
+
+
+def _figure(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+
+
+def _watch(version: dict[str, Any]) -> list[str]:
+    drift = stage.read_json(REPORTS / "drift" / "verdict.json")
+    said = "; ".join(drift["reasons"]) if drift["drift"] else "none"
+    features = len(drift["drifted_features"])
+    return [
+        "",
+        f"  drift       {said} ({features} features moved)",
+        f"  bundle      {version['bundle'][:12]}, {version['model']} version {version['version']}, "
+        f"{' and '.join(version['aliases']) or 'no alias'}",
+    ]
+
+
+def _cost(ran: dict[str, dict[str, Any]]) -> list[str]:
+    if not ran:
+        return []
+    lines = ["", f"  {'stage':<12}{'seconds':>8}{'peak MB':>9}"]
+    lines += [f"  {name:<12}{use['seconds']:>8.1f}{use['peak_mb']:>9,}" for name, use in ran.items()]
+    return lines
+
+
+def _where(params: Params) -> list[str]:
+    return [
+        "",
+        "  look at     " + str(REPORTS / "evaluate" / "evaluate.png"),
+        "              " + str(REPORTS / "validate" / "data_docs" / "index.html"),
+        "              " + str(REPORTS / "drift" / "report.html"),
+        f"              .venv/bin/mlflow server --backend-store-uri {params.tracking.uri}   (runs and versions)",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

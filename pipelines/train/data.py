@@ -1,0 +1,122 @@
+"""Features as a network takes them: codes for categories, floats for numbers, both memory-mapped.
+
+Shapes: codes (rows, categories) int32, 0 for missing or unseen; numbers (rows, numbers) float32, NaN for missing;
+labels (rows,) float32.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+from pipelines import tables
+from pipelines.errors import UserError
+
+FEATURES = Path("data/features")
+BATCH = 8192  # rows at a time where nothing is learned
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The columns in order, and the values of each category; a value's code is its place, from 1."""
+
+    vocabulary: dict[str, list[str]]
+    numbers: list[str]
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.vocabulary, *self.numbers]
+
+    def codes(self, table: pa.Table) -> npt.NDArray[np.int32]:
+        """Shape (rows, categories)."""
+        columns = [_codes(table[name], values) for name, values in self.vocabulary.items()]
+        return np.stack(columns, axis=1) if columns else np.empty((table.num_rows, 0), np.int32)
+
+    def floats(self, table: pa.Table) -> npt.NDArray[np.float32]:
+        """Shape (rows, numbers)."""
+        out = np.empty((table.num_rows, len(self.numbers)), np.float32)
+        for at, name in enumerate(self.numbers):
+            out[:, at] = pc.fill_null(table[name], np.nan).to_numpy()
+        return out
+
+
+def learn(categories: Sequence[str], numbers: Sequence[str], folder: Path = FEATURES) -> Encoding:
+    """The encoding of the train rows, read month by month."""
+    values: dict[str, set[str]] = {name: set() for name in categories}
+    for month in tables.read_months(folder, [*categories, "split"]):
+        train = month.filter(pc.equal(month["split"], "train"))
+        for name in categories:
+            values[name].update(train[name].unique().drop_null().to_pylist())
+    return Encoding({name: sorted(values[name]) for name in categories}, list(numbers))
+
+
+def _codes(column: pa.ChunkedArray, values: list[str]) -> npt.NDArray[np.int32]:
+    found = pc.index_in(column, pa.array(values, pa.string()))
+    return pc.add(pc.fill_null(found, -1), 1).to_numpy().astype(np.int32)  # type: ignore[no-any-return]
+
+
+class Rows(Dataset[Batch]):
+    """The rows of one split in memory-mapped arrays; a whole batch is taken by its indices at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.arrays = tuple(
+            np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("codes", "numbers", "labels")
+        )
+
+    def __len__(self) -> int:
+        return len(self.arrays[2])
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Shape (rows,), 0 or 1."""
+        return np.asarray(self.arrays[2]).astype(np.int64)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        codes, numbers, labels = (torch.from_numpy(array[indices]) for array in self.arrays)
+        return codes, numbers, labels
+
+    def batches(self) -> Iterator[Batch]:
+        """All rows in order, BATCH at a time."""
+        for at in range(0, len(self), BATCH):
+            codes, numbers, labels = (torch.tensor(array[at : at + BATCH]) for array in self.arrays)
+            yield codes, numbers, labels
+
+
+def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATURES) -> Rows:
+    """Write the arrays of one split below `into`, month by month, and map them."""
+    folder = into / split
+    folder.mkdir(parents=True, exist_ok=True)
+    files = tables.months(source)
+    wanted = ("codes", np.int32, (len(encoding.vocabulary),)), ("numbers", np.float32, (len(encoding.numbers),))
+    total = sum(_count(file, split) for file in files)
+    if total == 0:
+        raise UserError(f"{source}: no {split} row; check featurize.test_days and val_days against as_of")
+    outs = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=(total, *shape))  # type: ignore[no-untyped-call]
+        for name, kind, shape in (*wanted, ("labels", np.float32, ()))
+    }
+    start = 0
+    for month in tables.read_months(source, [*encoding.columns, "label", "split"]):
+        rows = month.filter(pc.equal(month["split"], split))
+        at = slice(start, start + rows.num_rows)
+        outs["codes"][at] = encoding.codes(rows)
+        outs["numbers"][at] = encoding.floats(rows)
+        outs["labels"][at] = rows["label"].to_numpy()
+        start += rows.num_rows
+    for out in outs.values():
+        out.flush()
+    return Rows(folder)
+
+
+def _count(file: Path, split: str) -> int:
+    import pyarrow.parquet as pq
+
+    column = pq.read_table(file, columns=["split"])["split"]
+    return int(pc.sum(pc.equal(column, split)).as_py() or 0)

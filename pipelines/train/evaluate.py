@@ -1,0 +1,263 @@
+"""evaluate: how good is the model, where, against what, and is it honest?
+
+in:   models/fit/, data/features/
+out:  reports/evaluate/verdict.json: metrics with bootstrap intervals, the same for gradient boosting on the same
+      rows, slices, behaviour checks, the leak canary, and the verdict with its reasons
+page: reports/evaluate/evaluate.png (for eyes, not tracked)
+run:  dvc repro evaluate
+
+A leak fails the stage: a feature known after prediction time, one that predicts alone, or a model of the
+canary groups that is too good. A model that is merely not good enough gets `passed: false`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+
+from pipelines import stage, tables
+from pipelines.errors import UserError
+from pipelines.params import Evaluate, Params
+from pipelines.train import data, fitted, metrics
+from pipelines.train.data import Encoding, Rows
+from pipelines.train.fitted import Fitted
+
+if TYPE_CHECKING:
+    from pipelines.params import Dataset
+
+REPORT = Path("reports/evaluate")
+Labels = npt.NDArray[np.int64]
+Probabilities = npt.NDArray[np.floating]
+
+
+def run(params: Params) -> None:
+    stop_on_late_knowledge()
+    model = fitted.load()
+    with stage.scratch("evaluate") as scratch:
+        splits = {
+            name: data.materialise(model.encoding, name, scratch / "all") for name in ("train", "val", "test")
+        }
+        test = splits["test"]
+        label = test.labels
+        stop_on_single_leak(test, label, model.encoding, params.evaluate.leak_auc)
+        canary = canary_auc(params, scratch)
+        stage.say("evaluate", f"leak canary: AUC {canary:.3f}, allowed {params.evaluate.leak_auc}")
+        if canary > params.evaluate.leak_auc:
+            raise UserError(
+                f"{data.FEATURES}: {' and '.join(params.dataset.canary)} features alone reach AUC "
+                f"{canary:.3f}; above evaluate.leak_auc = {params.evaluate.leak_auc} they hold an outcome"
+            )
+        prediction = model.predict(test)
+        behaviour = behave(model, test, params.dataset, params.evaluate)
+        stage.say("evaluate", f"gradient boosting on {len(splits['train']):,} rows")
+        boosted = baseline(splits, len(model.encoding.vocabulary), params.evaluate, params.fit.seed)
+    resamples, seed = params.evaluate.resamples, params.fit.seed
+    outcome = {
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        "metrics": metrics.with_intervals(label, prediction, resamples, seed),
+        "baseline": metrics.with_intervals(label, boosted, resamples, seed),
+        "slices": slices(label, prediction, params.dataset.slices),
+        "behaviour": behaviour,
+        "canary": {"auc": round(canary, 4), "allowed": params.evaluate.leak_auc},
+        "reliability": metrics.reliability(label, prediction),
+    }
+    outcome |= judge(outcome, params.evaluate)
+    draw(outcome, REPORT / "evaluate.png")
+    stage.write_json(REPORT / "verdict.json", outcome)
+    auc, reference = outcome["metrics"]["auc"]["value"], outcome["baseline"]["auc"]["value"]
+    verdict = "passed" if outcome["passed"] else "; ".join(outcome["reasons"])
+    stage.say("evaluate", f"AUC {auc:.4f}, boosting {reference:.4f}: {verdict}")
+
+
+def stop_on_late_knowledge() -> None:
+    """Raise UserError where a row knows something of after its prediction time."""
+    for file, month in zip(
+        tables.months(data.FEATURES),
+        tables.read_months(data.FEATURES, ["prediction_time", "known_at"]),
+        strict=True,
+    ):
+        late = pc.indices_nonzero(pc.greater(month["known_at"], month["prediction_time"]))
+        if len(late):
+            row = late[0].as_py()
+            raise UserError(
+                f"{file}: row {row + 1} knows something of {month['known_at'][row]}, after its prediction "
+                f"time {month['prediction_time'][row]} ({len(late):,} such rows)"
+            )
+
+
+def stop_on_single_leak(test: Rows, label: Labels, encoding: Encoding, allowed: float) -> None:
+    """Raise UserError where one number alone orders the labels better than `allowed`."""
+    for at, name in enumerate(encoding.numbers):
+        column = np.nan_to_num(np.asarray(test.arrays[1][:, at], np.float64), nan=-1e9)
+        auc = metrics.point(label, _ranks(column))["auc"]
+        if max(auc, 1 - auc) > allowed:
+            raise UserError(
+                f"{data.FEATURES}: feature {name} alone reaches AUC {max(auc, 1 - auc):.3f}; above "
+                f"evaluate.leak_auc = {allowed} it holds an outcome"
+            )
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Dense ranks scaled to [0, 1]: a score with the same order."""
+    distinct, place = np.unique(values, return_inverse=True)
+    return place / max(1, len(distinct) - 1)
+
+
+def canary_auc(params: Params, scratch: Path) -> float:
+    """Test AUC of the same model on the canary groups alone, trained for evaluate.canary_epochs."""
+    from pipelines.train.fit import train_network
+
+    groups = [params.dataset.features.root[name] for name in params.dataset.canary]
+    encoding = data.learn(
+        [name for group in groups for name in group.categories],
+        [name for group in groups for name in group.numbers],
+    )
+    rows = {name: data.materialise(encoding, name, scratch / "canary") for name in ("train", "val", "test")}
+    short = params.fit.model_copy(update={"max_epochs": params.evaluate.canary_epochs})
+    model, _ = train_network(encoding, rows["train"], rows["val"], short, scratch)
+    return metrics.point(rows["test"].labels, model.predict(rows["test"]))["auc"]
+
+
+def baseline(
+    splits: Mapping[str, Rows], categories: int, limits: Evaluate, seed: int
+) -> npt.NDArray[np.float64]:
+    """Test probabilities of scikit-learn's histogram gradient boosting: same features, rows and stopping rule."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    def table(rows: Rows) -> npt.NDArray[np.float32]:
+        return np.concatenate([rows.arrays[0], rows.arrays[1]], axis=1, dtype=np.float32)
+
+    boosting = HistGradientBoostingClassifier(
+        max_iter=limits.baseline_iterations,
+        learning_rate=0.1,
+        # Bins hold at most 255 codes; a larger category is left as an ordered number.
+        categorical_features=[
+            at for at in range(categories) if int(splits["train"].arrays[0][:, at].max()) < 255
+        ],
+        early_stopping=True,
+        random_state=seed,
+    )
+    boosting.fit(
+        table(splits["train"]),
+        splits["train"].labels,
+        X_val=table(splits["val"]),
+        y_val=splits["val"].labels,
+    )
+    return boosting.predict_proba(table(splits["test"]))[:, 1]  # type: ignore[no-any-return]
+
+
+def slices(label: Labels, prediction: Probabilities, columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Figures for each value of each column of the test rows."""
+    cut: dict[str, dict[str, Any]] = {}
+    for name in columns:
+        months = tables.read_months(data.FEATURES, [name, "split"])
+        values = np.concatenate(
+            [m.filter(pc.equal(m["split"], "test"))[name].to_numpy().astype(str) for m in months]
+        )
+        cut[name] = {}
+        for value in np.unique(values):
+            rows = values == value
+            cut[name][str(value)] = {
+                "rows": int(rows.sum()),
+                "label_rate": round(float(label[rows].mean()), metrics.DIGITS),
+                "mean_probability": round(float(prediction[rows].mean()), metrics.DIGITS),
+                **metrics.point(label[rows], prediction[rows]),
+            }
+    return cut
+
+
+def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> list[dict[str, Any]]:
+    """What must hold of the mean risk when a column is changed, on every test row."""
+    before = mean_risk(model, test)
+    checks = []
+    for name, added in dataset.behaviour.raises.items():
+        after = mean_risk(model, test, add=added)
+        checks.append({"name": name, "before": before, "after": after, "passed": after >= before})
+    for name, columns in dataset.behaviour.missing.items():
+        after = mean_risk(model, test, missing=columns)
+        passed = abs(after - before) <= limits.max_missing_shift
+        checks.append({"name": name, "before": before, "after": after, "passed": passed})
+    return checks
+
+
+@torch.inference_mode()
+def mean_risk(
+    model: Fitted, rows: Rows, add: Mapping[str, float] | None = None, missing: list[str] | None = None
+) -> float:
+    """The mean probability with `add` added to some numbers and others taken away."""
+    total = 0.0
+    for codes, numbers, _ in rows.batches():
+        for name, value in (add or {}).items():
+            numbers[:, model.encoding.numbers.index(name)] += value
+        for name in missing or []:
+            numbers[:, model.encoding.numbers.index(name)] = torch.nan
+        total += float(model.network(codes, numbers).double().sum())
+    return round(total / len(rows), metrics.DIGITS)
+
+
+def judge(outcome: dict[str, Any], limits: Evaluate) -> dict[str, Any]:
+    """Whether the model is good enough, and every reason why it is not."""
+    model, boosted = outcome["metrics"], outcome["baseline"]
+    reasons = []
+    if model["auc"]["value"] < limits.min_auc:
+        reasons.append(f"AUC {model['auc']['value']:.4f} is below evaluate.min_auc = {limits.min_auc}")
+    if model["calibration_error"]["value"] > limits.max_calibration_error:
+        reasons.append(
+            f"calibration error {model['calibration_error']['value']:.4f} is above "
+            f"evaluate.max_calibration_error = {limits.max_calibration_error}"
+        )
+    reasons += [
+        f"{name} {model[name]['value']:.4f} is below the baseline's interval from {boosted[name]['low']:.4f}"
+        for name in ("auc", "ap")
+        if model[name]["value"] < boosted[name]["low"]
+    ]
+    reasons += [f"behaviour: {check['name']}" for check in outcome["behaviour"] if not check["passed"]]
+    return {"passed": not reasons, "reasons": reasons}
+
+
+def draw(outcome: dict[str, Any], path: Path) -> None:
+    """One picture: calibration, the figures beside the baseline's, and AUC by slice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    points = outcome["reliability"]
+    left.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    left.plot([p["probability"] for p in points], [p["rate"] for p in points], "o-", color="tab:blue")
+    top = 1.1 * max(max(p["probability"], p["rate"]) for p in points)
+    left.set(title="Calibration on the test rows", xlabel="predicted", ylabel="observed", xlim=(0, top), ylim=(0, top))
+
+    names = ("auc", "ap", "log_loss", "brier")
+    for offset, (who, color) in enumerate((("metrics", "tab:blue"), ("baseline", "tab:orange"))):
+        figures = [outcome[who][name] for name in names]
+        middle.errorbar(
+            [f["value"] for f in figures],
+            [at + 0.2 * offset for at in range(len(names))],
+            xerr=[[f["value"] - f["low"] for f in figures], [f["high"] - f["value"] for f in figures]],
+            fmt="o",
+            color=color,
+            label={"metrics": "model", "baseline": "gradient boosting"}[who],
+        )
+    middle.set(title="Figures with 95 % intervals", yticks=range(len(names)), yticklabels=names)
+    middle.invert_yaxis()
+    middle.legend()
+
+    bars = [(f"{value}", cut["auc"]) for part in outcome["slices"].values() for value, cut in part.items()]
+    right.barh([name for name, _ in bars], [auc for _, auc in bars], color="tab:blue", alpha=0.7)
+    right.axvline(outcome["metrics"]["auc"]["value"], color="0.3", linewidth=1)
+    right.set(title="AUC by slice (line: all test rows)", xlim=(0.5, 1))
+    right.tick_params(axis="y", labelsize=7)
+    right.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    stage.main(run)

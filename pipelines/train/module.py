@@ -1,0 +1,92 @@
+"""Lightning: the loss, optimiser and schedule around any network of the model table, and its batches.
+
+A network maps codes (rows, categories) and numbers (rows, numbers, NaN for missing) to logits (rows, members).
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from pipelines.params import Fit
+from pipelines.train import metrics
+from pipelines.train.data import BATCH, Batch, Rows
+from pipelines.train.fitted import probability
+
+
+class BinaryModule(pl.LightningModule):
+    """Binary cross-entropy of every member; the prediction is the members' mean probability."""
+
+    def __init__(self, network: nn.Module, fit: Fit) -> None:
+        super().__init__()
+        self.network, self.fit = network, fit
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        codes, numbers, labels = batch
+        logits = self.network(codes, numbers)
+        loss = F.binary_cross_entropy_with_logits(logits, labels[:, None].expand_as(logits))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        codes, numbers, labels = batch
+        self._seen.append((probability(self.network(codes, numbers)), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        predicted, labels = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        self._seen.clear()
+        figures = metrics.point(labels.cpu().numpy().astype(int), predicted.cpu().numpy())
+        # Each device sees its own rows; the mean over devices is what stops training.
+        self.log("val_loss", figures["log_loss"], sync_dist=True)
+        self.log("val_auc", figures["auc"], sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, weight decay on matrices only, one cycle of the learning rate (Smith & Topin 2019)."""
+        embeddings = {
+            id(p) for m in self.network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+        }
+        parameters = list(self.network.parameters())
+        decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+        plain = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.fit.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=self.fit.learning_rate,
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            self.fit.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=0.2,
+            cycle_momentum=False,
+            final_div_factor=100,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class FeatureData(pl.LightningDataModule):
+    """Train and validation batches from memory-mapped arrays."""
+
+    def __init__(self, train: Rows, val: Rows, batch_size: int) -> None:
+        super().__init__()
+        self.train, self.val, self.batch_size = train, val, batch_size
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return _loader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return _loader(self.val, BATCH, shuffle=False)
+
+
+def _loader(rows: Rows, size: int, *, shuffle: bool) -> DataLoader[Batch]:
+    # Rows gives whole batches: there is nothing to collate.
+    return DataLoader(rows, batch_size=size, shuffle=shuffle, collate_fn=lambda batch: batch)
