@@ -28,11 +28,15 @@ class Scorer:
     session: "InferenceSession"
 
     def predict(self, table: pa.Table) -> npt.NDArray[np.float32]:
-        """Calibrated probability per row, shape (rows,), from the contract's raw columns; nulls allowed."""
+        """Calibrated probability per row, shape (rows,), from the contract's raw columns; nulls
+        allowed.
+        """
         parts = []
         for start in range(0, table.num_rows, BATCH):
             batch = table.slice(start, BATCH)
-            feed = {c["name"]: _tensor(batch[c["name"]], c["type"]) for c in self.contract["columns"]}
+            feed = {
+                c["name"]: _tensor(batch[c["name"]], c["type"]) for c in self.contract["columns"]
+            }
             parts.append(self.session.run(None, feed)[0])
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
@@ -44,12 +48,14 @@ def load(folder: Path) -> Scorer:
     contract = stage.read_json(folder / CONTRACT)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        folder / MODEL, options, providers=["CPUExecutionProvider"]
+    )
     return Scorer(contract, session)
 
 
 def _tensor(column: pa.ChunkedArray, kind: str) -> npt.NDArray[Any]:
     """A column as the model takes it: missing text is "", a missing number is NaN."""
     if kind == "string":
-        return column.fill_null("").to_numpy(zero_copy_only=False).astype(object)
-    return column.cast(pa.float32()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+        return np.asarray(column.fill_null("").to_numpy(), dtype=object)
+    return np.asarray(column.cast(pa.float32()).fill_null(np.nan).to_numpy())

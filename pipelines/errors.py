@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """What the user can mend: one line that names the file, row or key and what was expected. Exit 2."""
+    """What the user can mend: one line that names the file, row or key and what was expected.
+
+    Exit 2.
+    """

@@ -1,4 +1,4 @@
-"""`params.yaml`, typed and strict: an unknown, missing or ill-typed key is one line that names it."""
+"""`params.yaml`, typed and strict: a key that is unknown, missing or ill-typed is one line."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -31,7 +31,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Table(_Block):
-    """One table of the source: its columns and their types, its key, the columns that cut it by month."""
+    """One table of the source: its columns and their types, its key, the columns that cut it by
+    month.
+    """
 
     batch: list[str] | None
     key: list[str]
@@ -65,7 +67,9 @@ class Features(RootModel[dict[str, Group]]):
 
 
 class Behaviour(_Block):
-    """What must hold of the mean risk: adding `raises` never lowers it, losing `missing` hardly moves it."""
+    """What must hold of the mean risk: adding `raises` never lowers it, losing `missing` hardly
+    moves it.
+    """
 
     raises: dict[str, dict[str, float]]
     missing: dict[str, list[str]]
@@ -120,8 +124,7 @@ class Fit(_Block):
     weight_decay: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     hidden: list[Positive]
-    embedding: Positive
-    quantiles: Annotated[int, Field(ge=2)]
+    members: Positive
     trainer: Trainer
 
 
@@ -215,8 +218,12 @@ def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     """The keys allowed in the block that holds `loc`."""
     block: Any = Params
     for part in loc[:-1]:
-        names = {field.alias or name: field for name, field in getattr(block, "model_fields", {}).items()}
+        names = {
+            field.alias or name: field for name, field in getattr(block, "model_fields", {}).items()
+        }
         annotation = names[str(part)].annotation if str(part) in names else block
-        inner = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [
+            a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         block = inner[-1] if inner else annotation
     return [field.alias or name for name, field in block.model_fields.items()]

@@ -20,7 +20,17 @@ from pipelines.errors import UserError
 from pipelines.ingest import fetch
 from pipelines.params import Params
 
-STAGES = ("fetch", "load", "validate", "featurize", "fit", "evaluate", "package", "drift", "register")
+STAGES = (
+    "fetch",
+    "load",
+    "validate",
+    "featurize",
+    "fit",
+    "evaluate",
+    "package",
+    "drift",
+    "register",
+)
 REPORTS = Path("reports")
 
 
@@ -59,7 +69,10 @@ def _dvc(*options: str) -> None:
 def _call(command: list[str]) -> None:
     """Run with this environment's `python` first on the path: dvc.yaml's commands name it so."""
     here = str(Path(sys.executable).parent)
-    env = os.environ | {"PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+    }
     subprocess.run(command, check=True, env=env)
 
 
@@ -77,7 +90,11 @@ def screen(params: Params, started: float, version: dict[str, Any]) -> str:
     """What was made, how good it is, what it took, and where to look."""
     ran = usage(started)
     spent = time.time() - started
-    head = f"{len(ran)} stages in {spent:.0f} s" if ran else f"Nothing changed, nothing ran ({spent:.1f} s)"
+    head = (
+        f"{len(ran)} stages in {spent:.0f} s"
+        if ran
+        else f"Nothing changed, nothing ran ({spent:.1f} s)"
+    )
     parts = [head, *_data(), *_quality(), *_watch(version), *_cost(ran), *_where(params)]
     return "\n".join(["", *parts])
 
@@ -97,7 +114,10 @@ def _quality() -> list[str]:
     outcome = stage.read_json(REPORTS / "evaluate" / "verdict.json")
     lines = ["", f"  {'test rows':<18}{'model':<26}gradient boosting"]
     for name, figure in outcome["metrics"].items():
-        lines.append(f"  {name.replace('_', ' '):<18}{_figure(figure):<26}{_figure(outcome['baseline'][name])}")
+        lines.append(
+            f"  {name.replace('_', ' '):<18}{_figure(figure):<26}"
+            f"{_figure(outcome['baseline'][name])}"
+        )
     checks = outcome["behaviour"]
     passed = sum(check["passed"] for check in checks)
     verdict = "passed" if outcome["passed"] else "not passed: " + "; ".join(outcome["reasons"])
@@ -124,7 +144,9 @@ def _cost(ran: dict[str, dict[str, Any]]) -> list[str]:
     if not ran:
         return []
     lines = ["", f"  {'stage':<12}{'seconds':>8}{'peak MB':>9}"]
-    lines += [f"  {name:<12}{use['seconds']:>8.1f}{use['peak_mb']:>9,}" for name, use in ran.items()]
+    lines += [
+        f"  {name:<12}{use['seconds']:>8.1f}{use['peak_mb']:>9,}" for name, use in ran.items()
+    ]
     return lines
 
 
@@ -134,7 +156,8 @@ def _where(params: Params) -> list[str]:
         "  look at     " + str(REPORTS / "evaluate" / "evaluate.png"),
         "              " + str(REPORTS / "validate" / "data_docs" / "index.html"),
         "              " + str(REPORTS / "drift" / "report.html"),
-        f"              .venv/bin/mlflow server --backend-store-uri {params.tracking.uri}   (runs and versions)",
+        "              runs and versions, on http://127.0.0.1:5000:",
+        f"              .venv/bin/mlflow server --backend-store-uri {params.tracking.uri}",
     ]
 
 

@@ -1,6 +1,7 @@
-"""What every stage shares: its command line, its errors, its outputs that appear whole or not at all.
+"""What every stage shares: its command line, its errors, its outputs, whole or not at all.
 
-A stage is a module with `run(params)`. `python -m pipelines.<phase>.<stage>` runs it in the current folder.
+A stage is a module with `run(params)`; `python -m pipelines.<phase>.<stage>` runs it in the current
+folder.
 Exit status: 0 done, 1 a fault of the system, 2 a mistake of the user (bad data, bad params).
 """
 
@@ -8,7 +9,6 @@ import argparse
 import errno
 import hashlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -79,7 +79,7 @@ def _keep_traceback(stage: str) -> None:
 
 
 def _record_usage(stage: str, status: int) -> None:
-    """Keep seconds since process start, imports included, and peak memory, for the closing screen."""
+    """Keep seconds since process start, imports included, and peak memory, for the screen."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     use = {
@@ -139,7 +139,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_json(path: Path) -> Any:

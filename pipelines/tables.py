@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet whose bytes depend on the rows alone, one file per month of event time."""
+"""Tables on disk: Parquet whose bytes depend on the rows alone, one file per month."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,10 @@ from pipelines.errors import UserError
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file without metadata of its maker. The caller gives the rows in full order."""
+    """Write one Parquet file without metadata of its maker.
+
+    The caller gives the rows in full order.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
 

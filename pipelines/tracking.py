@@ -17,7 +17,9 @@ SQLITE = "sqlite:///"
 
 
 def client(params: Params) -> tuple["MlflowClient", str]:
-    """A client of tracking.uri and the id of the dataset's experiment, both made where they are missing."""
+    """A client of tracking.uri and the id of the dataset's experiment, both made where they are
+    missing.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -37,7 +39,9 @@ def client(params: Params) -> tuple["MlflowClient", str]:
     if experiment is not None:
         return store, str(experiment.experiment_id)
     artifacts = Path(params.tracking.artifacts)
-    location = str(artifacts) if "://" in params.tracking.artifacts else artifacts.resolve().as_uri()
+    location = (
+        str(artifacts) if "://" in params.tracking.artifacts else artifacts.resolve().as_uri()
+    )
     return store, str(store.create_experiment(name, artifact_location=location))
 
 
@@ -49,14 +53,20 @@ def exists(params: Params) -> bool:
 
 @contextmanager
 def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
-    """Yield Lightning's logger on a new run with the params of the stage; it ends as finished or failed."""
+    """Yield Lightning's logger on a new run with the params of the stage; it ends as finished or
+    failed.
+    """
     from pytorch_lightning.loggers import MLFlowLogger
 
     store, experiment = client(params)
     made = store.create_run(
-        experiment, run_name=stage, tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()}
+        experiment,
+        run_name=stage,
+        tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()},
     )
-    logger = MLFlowLogger(params.dataset.name, tracking_uri=params.tracking.uri, run_id=made.info.run_id)
+    logger = MLFlowLogger(
+        params.dataset.name, tracking_uri=params.tracking.uri, run_id=made.info.run_id
+    )
     for name, value in getattr(params, stage).model_dump().items():
         store.log_param(made.info.run_id, f"{stage}.{name}", value)
     try:
@@ -74,7 +84,7 @@ def tag(logger: "MLFlowLogger", tags: dict[str, str]) -> None:
 
 
 def git_commit() -> str:
-    """The commit of the working tree, `-dirty` behind it where tracked files differ, or `unknown`."""
+    """The commit of the working tree, with `-dirty` where tracked files differ, or `unknown`."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

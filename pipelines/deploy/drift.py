@@ -5,9 +5,9 @@ out:  reports/drift/verdict.json
 page: reports/drift/report.html (Evidently; for eyes, not tracked)
 run:  dvc repro drift
 
-Compares the newest drift.window_days before as_of with the bundle's reference: validation rows, which the model
-was tuned on and never fitted to. Performance, predictions and labels decide. Features are counted, but decide
-nothing: weather moves with every season.
+Compares the newest drift.window_days before as_of with the bundle's reference: validation rows,
+which the model was tuned on and never fitted to. Performance, predictions and labels decide.
+Features are counted, but decide nothing: weather moves with every season.
 """
 
 from pathlib import Path
@@ -36,7 +36,10 @@ def run(params: Params) -> None:
     reference = pq.read_table(bundle.FOLDER / bundle.REFERENCE)
     window = newest(params, scorer.contract["columns"])
     window = window.append_column(PREDICTION, pa.array(scorer.predict(window)))
-    stage.say("drift", f"{reference.num_rows:,} reference rows against {window.num_rows:,} of the newest window")
+    stage.say(
+        "drift",
+        f"{reference.num_rows:,} reference rows against {window.num_rows:,} of the newest window",
+    )
     report = compare(reference, window, scorer.contract)
     measured = measure(report, reference, window)
     outcome = judge(measured, params.drift)
@@ -57,7 +60,10 @@ def newest(params: Params, columns: list[dict[str, str]]) -> pa.Table:
 
 
 def compare(reference: pa.Table, window: pa.Table, contract: dict[str, Any]) -> "Snapshot":
-    """Evidently's drift of every feature and of the prediction. Importing it takes seconds: only here."""
+    """Evidently's drift of every feature and of the prediction.
+
+    Importing it takes seconds: only here.
+    """
     import warnings
 
     warnings.filterwarnings("ignore")  # divisions by zero in columns that are nearly constant
@@ -101,7 +107,9 @@ def measure(report: "Snapshot", reference: pa.Table, window: pa.Table) -> dict[s
 
 
 def judge(measured: dict[str, Any], limits: Drift) -> dict[str, Any]:
-    """The verdict: `drift` where performance, predictions or labels moved beyond the limits, with reasons."""
+    """The verdict: `drift` where performance, predictions or labels moved beyond the limits, with
+    reasons.
+    """
     reasons = []
     before, now = measured["auc"]["reference"], measured["auc"]["window"]
     if before is not None and now is not None and before - now > limits.max_auc_fall:
@@ -111,7 +119,8 @@ def judge(measured: dict[str, Any], limits: Drift) -> dict[str, Any]:
         reasons.append(f"log loss rose from {before} to {now}; allowed {limits.max_log_loss_rise}")
     if measured["prediction_drift"] > limits.max_prediction_drift:
         reasons.append(
-            f"predictions moved by {measured['prediction_drift']}; allowed {limits.max_prediction_drift}"
+            f"predictions moved by {measured['prediction_drift']}; "
+            f"allowed {limits.max_prediction_drift}"
         )
     before, now = measured["label_rate"]["reference"], measured["label_rate"]["window"]
     if abs(now - before) > limits.max_label_shift:

@@ -1,8 +1,8 @@
 """register: the bundle becomes a version in MLflow. An effect: told twice, it acts once.
 
 in:   models/bundle/, reports/
-out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first that passed its
-      evaluation becomes champion, any other challenger
+out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first that passed
+      its evaluation becomes champion, any other challenger
 run:  python -m pipelines.deploy.register
 """
 
@@ -34,11 +34,16 @@ def run(params: Params) -> None:
     entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}
     stage.write_json(record(params, digest), entry)
     state = "new" if new else "already there"
-    stage.say("register", f"{name} version {version.version} ({', '.join(aliases)}), {state}, bundle {digest[:12]}")
+    stage.say(
+        "register",
+        f"{name} version {version.version} ({', '.join(aliases)}), {state}, bundle {digest[:12]}",
+    )
 
 
 def record(params: Params, digest: str) -> Path:
-    """The ledger line of one registration at one tracking store, so that asking again costs no import."""
+    """The ledger line of one registration at one tracking store, so that asking again costs no
+    import.
+    """
     place = hashlib.sha256(params.tracking.uri.encode()).hexdigest()[:12]
     return stage.STATE / "ledger" / place / f"{digest}.json"
 
@@ -52,18 +57,19 @@ def find(store: "MlflowClient", name: str, digest: str) -> "ModelVersion | None"
 def create(
     store: "MlflowClient", experiment: str, name: str, digest: str, contract: dict[str, Any]
 ) -> "ModelVersion":
-    """Log the bundle as an MLflow model and make it a version, complete from its first moment on."""
+    """Log the bundle as an MLflow model and make it a version, complete from the start."""
     import mlflow
     import onnx
     from mlflow.exceptions import MlflowException
 
-    run_id = _run_of(store, experiment, contract)
+    run_id = _run_of(store, experiment)
     with mlflow.start_run(run_id=run_id):
         mlflow.log_metrics({f"test.{k}": v["value"] for k, v in contract["metrics"].items()})
         info = mlflow.onnx.log_model(
             onnx.load(bundle.FOLDER / bundle.MODEL),
             name="bundle",
-            # The bundle itself, byte for byte; MLflow's own copy of the model is for its own server.
+            # The bundle itself, byte for byte; MLflow's own copy of the model is for its own
+            # server.
             extra_files=[str(path) for path in sorted(bundle.FOLDER.glob("*"))],
             pip_requirements=["onnxruntime", "numpy"],
             save_as_external_data=False,
@@ -90,7 +96,7 @@ def create(
     return made
 
 
-def _run_of(store: "MlflowClient", experiment: str, contract: dict[str, Any]) -> str:
+def _run_of(store: "MlflowClient", experiment: str) -> str:
     """The run that fitted these weights, or a new one where another machine fitted them."""
     fit = stage.digest(FIT)
     runs = store.search_runs([experiment], f"tags.fit = '{fit}'", max_results=1)

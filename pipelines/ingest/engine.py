@@ -1,4 +1,6 @@
-"""The engine: one Spark Connect session, embedded or on a cluster, and tables written in canonical form."""
+"""The engine: one Spark Connect session, embedded or on a cluster, and tables written in canonical
+form.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,9 @@ from pipelines import tables
 
 @contextmanager
 def session(engine: str) -> Iterator[SparkSession]:
-    """Yield a session on `engine`: embedded, local[N], spark://… or sc://…; times are UTC everywhere."""
+    """Yield a session on `engine`: embedded, local[N], spark://… or sc://…; times are UTC
+    everywhere.
+    """
     if engine == "embedded":
         with _embedded() as url:
             yield from _connected(SparkSession.builder.remote(url))
@@ -51,13 +55,17 @@ def _connected(builder: SparkSession.Builder) -> Iterator[SparkSession]:
 def write_months(
     frame: DataFrame, time: str, key: Sequence[str], folder: Path, scratch: Path
 ) -> list[int]:
-    """Write `frame` as one Parquet file per month of `time`, rows in order of `key`. Returns rows per month.
+    """Write `frame` as one Parquet file per month of `time`, rows in order of `key`. Returns rows
+    per month.
 
-    Engines do not keep an order through their own writers, and name files at random. So the frame is
-    computed once into `scratch`, then read back, sorted and written month by month: memory holds one month.
+    Engines do not keep an order through their own writers, and name files at random. So the frame
+    is computed once into `scratch`, then read back, sorted and written month by month: memory
+    holds one month.
     """
     path = str(scratch.resolve())
-    frame.withColumn("_month", F.date_format(time, "yyyy-MM")).write.partitionBy("_month").parquet(path)
+    frame.withColumn("_month", F.date_format(time, "yyyy-MM")).write.partitionBy("_month").parquet(
+        path
+    )
     stored = frame.sparkSession.read.parquet(path)
     names = sorted(row["_month"] for row in stored.select("_month").distinct().collect())
     counts = []

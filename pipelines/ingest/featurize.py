@@ -1,11 +1,13 @@
 """featurize: what was known at prediction time, and the label.
 
 in:   data/accepted/, the dataset's features.sql
-out:  data/features/, one Parquet file per month: dataset.key, prediction_time, known_at, split, label, the
-      slices and every feature of dataset.features (categories are strings, numbers 32-bit floats)
+out:  data/features/, one Parquet file per month: dataset.key, prediction_time, known_at, split,
+      label, the slices and every feature of dataset.features (categories are strings, numbers
+      32-bit floats)
 run:  dvc repro featurize
 
-split is test for the last test_days before as_of, val for the val_days before those, train for the rest.
+split is test for the last test_days before as_of, val for the val_days before those, train for the
+rest.
 """
 
 from pathlib import Path
@@ -48,7 +50,9 @@ def typed(frame: "DataFrame", params: Params) -> "DataFrame":
     plain += [name for name in dataset.slices if name not in features.names]
     missing = [name for name in [*plain, *features.names] if name not in frame.columns]
     if missing:
-        raise UserError(f"features.sql of {dataset.name} gives no column {missing[0]}; params.yaml names it")
+        raise UserError(
+            f"features.sql of {dataset.name} gives no column {missing[0]}; params.yaml names it"
+        )
     time = F.col(dataset.time)
     split = (
         F.when(time >= F.lit(params.test_from), "test")

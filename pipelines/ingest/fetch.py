@@ -5,11 +5,12 @@ in:   fetch.source: `sample` (CSV files inside the package dataset.package), a f
 out:  data/raw/, the same layout: every file that begins before as_of
 run:  dvc repro fetch
 
-Incremental: a file whose MD5 is already there is not copied again. A file is visible only when it is whole.
+Incremental: a file whose MD5 is already there is not copied again. A file is visible only when it
+is whole.
 """
 
 import hashlib
-import os
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the source: its name below data/raw, its MD5 where known without reading it, its bytes."""
+    """A file of the source: its name below data/raw, its MD5 where known without reading it, its
+    bytes.
+    """
 
     name: str
     md5: str | None
@@ -42,7 +45,11 @@ def run(params: Params) -> None:
             copied += 1
             _write_whole(RAW / file.name, _content(file))
     removed = _prune({file.name for file in files})
-    stage.say("fetch", f"{len(files)} files, {copied} new or changed, {removed} removed, from {params.fetch.source}")
+    stage.say(
+        "fetch",
+        f"{len(files)} files, {copied} new or changed, {removed} removed, "
+        f"from {params.fetch.source}",
+    )
 
 
 def changed(params: Params) -> bool:
@@ -67,7 +74,10 @@ def listing(params: Params) -> list[SourceFile]:
 
 
 def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
-    """The files whose month begins before as_of. Raises UserError where a month between is missing."""
+    """The files whose month begins before as_of.
+
+    Raises UserError where a month between is missing.
+    """
     zone = ZoneInfo(params.dataset.timezone)
     kept: list[SourceFile] = []
     by_table: dict[str, list[str]] = {}
@@ -85,11 +95,14 @@ def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
         months = by_table.get(table, [])
         if not months:
             raise UserError(
-                f"{params.fetch.source}: table {table} has no month before as_of {params.as_of:%Y-%m-%d}"
+                f"{params.fetch.source}: table {table} has no month before as_of "
+                f"{params.as_of:%Y-%m-%d}"
             )
-        gap = next((a for a, b in zip(months, months[1:], strict=False) if _after(a) != b), None)
+        gap = next((a for a, b in itertools.pairwise(months) if _after(a) != b), None)
         if gap is not None:
-            raise UserError(f"{params.fetch.source}/{table}/{_after(gap)}.csv is missing; later months exist")
+            raise UserError(
+                f"{params.fetch.source}/{table}/{_after(gap)}.csv is missing; later months exist"
+            )
     return kept
 
 
@@ -108,7 +121,9 @@ def _belongs(name: str, dataset: Dataset) -> bool:
 
 def _folder(folder: Path) -> Iterator[SourceFile]:
     if not folder.is_dir():
-        raise UserError(f"fetch.source: {folder} is not a folder; expected sample, a folder or s3://bucket/prefix")
+        raise UserError(
+            f"fetch.source: {folder} is not a folder; expected sample, a folder or s3://bucket/prefix"
+        )
     for path in sorted(folder.glob("*.csv")) + sorted(folder.glob("*/*.csv")):
 
         def read(path: Path = path) -> bytes:
@@ -147,20 +162,29 @@ def _s3(url: str) -> Iterator[SourceFile]:
 
 
 def _sample(dataset: Dataset) -> Iterator[SourceFile]:
-    """The CSV files of the sample package, batched tables cut by month. The package is never imported."""
+    """The CSV files of the sample package, batched tables cut by month.
+
+    The package is never imported.
+    """
     import importlib.util
 
     spec = importlib.util.find_spec(dataset.package)
     if spec is None or spec.origin is None:
-        raise UserError(f"dataset.package: {dataset.package} is not installed; it carries the sample")
+        raise UserError(
+            f"dataset.package: {dataset.package} is not installed; it carries the sample"
+        )
     folder = Path(spec.origin).parent / "data"
     for name, table in dataset.tables.items():
         if table.batch is None:
             content = _sample_bytes(folder, name)
-            yield SourceFile(f"{name}.csv", _md5(content), lambda content=content: content)
+            yield _held(f"{name}.csv", content)
         else:
             for month, content in _by_month(_sample_bytes(folder, name), *table.batch):
-                yield SourceFile(f"{name}/{month}.csv", _md5(content), lambda content=content: content)
+                yield _held(f"{name}/{month}.csv", content)
+
+
+def _held(name: str, content: bytes) -> SourceFile:
+    return SourceFile(name, _md5(content), lambda: content)
 
 
 def _sample_bytes(folder: Path, table: str) -> bytes:
@@ -176,7 +200,7 @@ def _sample_bytes(folder: Path, table: str) -> bytes:
 
 
 def _by_month(content: bytes, year: str, month: str) -> Iterator[tuple[str, bytes]]:
-    """Cut CSV lines by two columns that stand before any quoted field; the lines stay as they are."""
+    """Cut CSV lines by two columns that stand before any quoted field; lines stay as they are."""
     header, *lines = content.splitlines(keepends=True)
     columns = header.decode().strip().split(",")
     year_at, month_at = columns.index(year), columns.index(month)
@@ -209,7 +233,7 @@ def _write_whole(target: Path, content: bytes) -> None:
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_bytes(content)
-        os.replace(partial, target)
+        partial.replace(target)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

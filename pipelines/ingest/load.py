@@ -73,7 +73,10 @@ def files(name: str, table: Table) -> list[Path]:
 
 
 def read(path: Path, table: Table) -> pa.Table:
-    """One raw CSV file as a typed table, its key unique. Raises UserError with file, line and column."""
+    """One raw CSV file as a typed table, its key unique.
+
+    Raises UserError with file, line and column.
+    """
     columns = _check_text(path, table)
     options = pacsv.ConvertOptions(
         column_types={column: TYPES[kind] for column, kind in table.columns.items()},
@@ -103,7 +106,7 @@ def read(path: Path, table: Table) -> pa.Table:
 
 
 def _check_text(path: Path, table: Table) -> list[str]:
-    """The columns of the header, where it names each expected one once and the last line is whole."""
+    """The header's columns, where each expected one stands once and the last line is whole."""
     try:
         with path.open("rb") as file:
             header = file.readline()
@@ -119,7 +122,10 @@ def _check_text(path: Path, table: Table) -> list[str]:
     expected = list(table.columns)
     missing = [column for column in expected if column not in names]
     if missing and len(names) == 1:
-        raise UserError(f"{path}: line 1 has no comma; expected columns separated by commas: {','.join(expected)}")
+        raise UserError(
+            f"{path}: line 1 has no comma; expected columns separated by commas: "
+            f"{','.join(expected)}"
+        )
     if missing:
         raise UserError(f"{path}: column {missing[0]} is missing; expected {','.join(expected)}")
     twice = [column for column in expected if names.count(column) > 1]
@@ -132,7 +138,9 @@ def _check_text(path: Path, table: Table) -> list[str]:
 
 def _explain(error: str, columns: Sequence[str]) -> str:
     """pyarrow's message with the name of the column; its row is the line of the file."""
-    if cell := re.match(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (.*)", error, re.S):
+    if cell := re.match(
+        r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (.*)", error, re.S
+    ):
         return f"line {cell[2]}, column {columns[int(cell[1])]}: expected {cell[3]}"
     if row := re.match(r"CSV parse error: Row #(\d+): (Expected \d+ columns, got \d+)", error):
         return f"line {row[1]}: {row[2][0].lower()}{row[2][1:]}"
@@ -164,7 +172,8 @@ def _check_key(path: Path, rows: pa.Table, key: Sequence[str]) -> None:
         first = twice.slice(0, 1).to_pylist()[0]
         named = ", ".join(f"{column}={first[column]}" for column in key)
         raise UserError(
-            f"{path}: lines {first['line_min']} and {first['line_max']} have the same key ({named}); expected one"
+            f"{path}: lines {first['line_min']} and {first['line_max']} have the same key "
+            f"({named}); expected one"
         )
 
 

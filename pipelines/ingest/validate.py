@@ -1,12 +1,13 @@
 """validate: what must hold, row by row and for the table.
 
 in:   data/events/, expectations/<dataset>.json
-out:  data/accepted/, data/quarantine/ (rows with the expectations they broke), reports/validate/verdict.json
+out:  data/accepted/, data/quarantine/ (rows with the expectations they broke),
+      reports/validate/verdict.json
 page: reports/validate/data_docs/index.html (Great Expectations; for eyes, not tracked)
 run:  dvc repro validate
 
-A column expectation without `mostly` is about rows: rows that break it go to quarantine. Any other is about
-the table: a breach stops the run. An expectation that raised is a fault, never a pass.
+A column expectation without `mostly` is about rows: rows that break it go to quarantine. Any other
+is about the table: a breach stops the run. An expectation that raised is a fault, never a pass.
 """
 
 import json
@@ -24,7 +25,11 @@ from pipelines.ingest.load import EVENTS
 from pipelines.params import Params
 
 if TYPE_CHECKING:
-    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+    from great_expectations.core import (
+        ExpectationSuiteValidationResult,
+        ExpectationValidationResult,
+    )
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
     from pyspark.sql import DataFrame
 
 ACCEPTED = Path("data/accepted")
@@ -39,7 +44,10 @@ def run(params: Params) -> None:
     suite = read_suite(params.dataset.name)
     with engine.session(params.engine) as spark:
         events = spark.read.parquet(str(EVENTS.resolve()))
-        stage.say("validate", f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events")
+        stage.say(
+            "validate",
+            f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events",
+        )
         result = check(events, suite, params.dataset.key, docs=REPORT / "data_docs")
     stop_on_table_breach(result)
     reasons = broken_rows(result, params.dataset.key)
@@ -47,7 +55,8 @@ def run(params: Params) -> None:
     if len(reasons) > params.validate_.max_quarantine * total:
         raise UserError(
             f"{len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}; "
-            f"expected at most the share validate.max_quarantine = {params.validate_.max_quarantine}"
+            "expected at most the share validate.max_quarantine = "
+            f"{params.validate_.max_quarantine}"
         )
     _divide(reasons, params.dataset.key)
     stage.write_json(REPORT / "verdict.json", verdict(result, total, len(reasons)))
@@ -69,18 +78,23 @@ def read_suite(dataset: str) -> dict[str, Any]:
 def check(
     frame: "DataFrame", suite: dict[str, Any], key: list[str], docs: Path
 ) -> "ExpectationSuiteValidationResult":
-    """Run the suite on the engine's frame and build the Data Docs. The result names broken rows by key."""
+    """Run the suite on the engine's frame and build the Data Docs.
+
+    The result names broken rows by key.
+    """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
-    from great_expectations.exceptions import GreatExpectationsError
+    from great_expectations.exceptions.exceptions import GreatExpectationsError
 
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
+    context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
     asset = context.data_sources.add_spark(name="engine").add_dataframe_asset(suite["name"])
     try:
         expectations = context.suites.add(gx.ExpectationSuite(**suite))
     except (GreatExpectationsError, TypeError, ValueError) as error:
-        raise UserError(f"expectations/{suite['name']}.json: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"expectations/{suite['name']}.json: {' '.join(str(error).split())[:300]}"
+        ) from None
     definition = context.validation_definitions.add(
         gx.ValidationDefinition(
             name=suite["name"],
@@ -96,7 +110,7 @@ def check(
             "base_directory": str(docs.resolve()),
         },
     }
-    context.update_data_docs_site("local_site", site)
+    context.update_data_docs_site("local_site", site)  # type: ignore[arg-type]
     checkpoint = context.checkpoints.add(
         gx.Checkpoint(
             name=suite["name"],
@@ -123,7 +137,7 @@ def raise_on_exception(result: "ExpectationSuiteValidationResult") -> None:
 
 def is_about_rows(item: "ExpectationValidationResult") -> bool:
     """Whether the expectation speaks of each row: a map over columns, with no tolerated share."""
-    kwargs = item.expectation_config.kwargs
+    kwargs = _config(item).kwargs
     return "unexpected_count" in item.result and kwargs.get("mostly", 1.0) == 1.0
 
 
@@ -133,7 +147,7 @@ def stop_on_table_breach(result: "ExpectationSuiteValidationResult") -> None:
         if not item.success and not is_about_rows(item):
             seen = item.result.get("observed_value", item.result.get("unexpected_percent"))
             bounds = {
-                k: v for k, v in item.expectation_config.kwargs.items() if k not in ("batch_id", "column")
+                k: v for k, v in _config(item).kwargs.items() if k not in ("batch_id", "column")
             }
             raise UserError(f"{EVENTS}: {_name(item)}: observed {seen}; expected {bounds}")
 
@@ -146,7 +160,9 @@ def broken_rows(
     for item in result.results:
         if not item.success:
             for row in item.result["unexpected_index_list"]:
-                broken.setdefault(tuple(_aware(row[column]) for column in key), []).append(_name(item))
+                broken.setdefault(tuple(_aware(row[column]) for column in key), []).append(
+                    _name(item)
+                )
     return broken
 
 
@@ -155,11 +171,16 @@ def _aware(value: Any) -> Any:
     return value.astimezone() if isinstance(value, datetime) and value.tzinfo is None else value
 
 
+def _config(item: "ExpectationValidationResult") -> "ExpectationConfiguration":
+    assert item.expectation_config is not None, "a result names its expectation"
+    return item.expectation_config
+
+
 def _name(item: "ExpectationValidationResult") -> str:
     """`column: type`, the name of an expectation for people."""
-    kwargs = item.expectation_config.kwargs
+    kwargs = _config(item).kwargs
     columns = [str(kwargs[k]) for k in ("column", "column_A", "column_B") if k in kwargs]
-    kind = item.expectation_config.type.removeprefix("expect_")
+    kind = _config(item).type.removeprefix("expect_")
     return f"{', '.join(columns)}: {kind}" if columns else kind
 
 
@@ -176,7 +197,8 @@ def _divide(reasons: dict[tuple[Any, ...], list[str]], key: list[str]) -> None:
             good = pc.is_null(column)
             tables.write(month.filter(good), accepted / file.name)
             tables.write(
-                month.append_column("reasons", column).filter(pc.invert(good)), quarantine / file.name
+                month.append_column("reasons", column).filter(pc.invert(good)),
+                quarantine / file.name,
             )
 
 
@@ -187,7 +209,9 @@ def _reasons(
     return [reasons.get(row) for row in zip(*columns, strict=True)]
 
 
-def verdict(result: "ExpectationSuiteValidationResult", rows: int, quarantined: int) -> dict[str, Any]:
+def verdict(
+    result: "ExpectationSuiteValidationResult", rows: int, quarantined: int
+) -> dict[str, Any]:
     """The stable part of the result: what was expected, and how many rows broke it."""
     return {
         "rows": rows,

@@ -1,10 +1,11 @@
 """Features as a network takes them: codes for categories, floats for numbers, both memory-mapped.
 
-Shapes: codes (rows, categories) int32, 0 for missing or unseen; numbers (rows, numbers) float32, NaN for missing;
-labels (rows,) float32.
+Shapes: codes (rows, categories) int32, 0 for missing or unseen; numbers (rows, numbers) float32,
+NaN for missing; labels (rows,) float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from pipelines import tables
 from pipelines.errors import UserError
 
 FEATURES = Path("data/features")
+RARE = 20  # fewer train rows than this teach an embedding nothing
 BATCH = 8192  # rows at a time where nothing is learned
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """The columns in order, and the values of each category; a value's code is its place, from 1."""
+    """The columns in order, and each category's values: the code of a value is its place."""
 
     vocabulary: dict[str, list[str]]
     numbers: list[str]
@@ -48,13 +50,20 @@ class Encoding:
 
 
 def learn(categories: Sequence[str], numbers: Sequence[str], folder: Path = FEATURES) -> Encoding:
-    """The encoding of the train rows, read month by month."""
-    values: dict[str, set[str]] = {name: set() for name in categories}
+    """The encoding of the train rows, read month by month; a value seen fewer than RARE times has
+    no code.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in categories}
     for month in tables.read_months(folder, [*categories, "split"]):
         train = month.filter(pc.equal(month["split"], "train"))
         for name in categories:
-            values[name].update(train[name].unique().drop_null().to_pylist())
-    return Encoding({name: sorted(values[name]) for name in categories}, list(numbers))
+            for value in train[name].drop_null().value_counts().to_pylist():
+                counts[name][value["values"]] += value["counts"]
+    vocabulary = {
+        name: sorted(value for value, count in counts[name].items() if count >= RARE)
+        for name in categories
+    }
+    return Encoding(vocabulary, list(numbers))
 
 
 def _codes(column: pa.ChunkedArray, values: list[str]) -> npt.NDArray[np.int32]:
@@ -63,12 +72,14 @@ def _codes(column: pa.ChunkedArray, values: list[str]) -> npt.NDArray[np.int32]:
 
 
 class Rows(Dataset[Batch]):
-    """The rows of one split in memory-mapped arrays; a whole batch is taken by its indices at once."""
+    """The rows of one split in memory-mapped arrays; a whole batch is taken by its indices at
+    once.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.arrays = tuple(
-            np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("codes", "numbers", "labels")
-        )
+    def __init__(self, folder: Path, numbers: str = "numbers") -> None:
+        self.folder = folder
+        names = ("codes", numbers, "labels")
+        self.arrays = tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
 
     def __len__(self) -> int:
         return len(self.arrays[2])
@@ -94,12 +105,19 @@ def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATU
     folder = into / split
     folder.mkdir(parents=True, exist_ok=True)
     files = tables.months(source)
-    wanted = ("codes", np.int32, (len(encoding.vocabulary),)), ("numbers", np.float32, (len(encoding.numbers),))
+    wanted = (
+        ("codes", np.int32, (len(encoding.vocabulary),)),
+        ("numbers", np.float32, (len(encoding.numbers),)),
+    )
     total = sum(_count(file, split) for file in files)
     if total == 0:
-        raise UserError(f"{source}: no {split} row; check featurize.test_days and val_days against as_of")
+        raise UserError(
+            f"{source}: no {split} row; check featurize.test_days and val_days against as_of"
+        )
     outs = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=(total, *shape))  # type: ignore[no-untyped-call]
+        name: np.lib.format.open_memmap(
+            folder / f"{name}.npy", "w+", dtype=kind, shape=(total, *shape)
+        )
         for name, kind, shape in (*wanted, ("labels", np.float32, ()))
     }
     start = 0
@@ -120,3 +138,17 @@ def _count(file: Path, split: str) -> int:
 
     column = pq.read_table(file, columns=["split"])["split"]
     return int(pc.sum(pc.equal(column, split)).as_py() or 0)
+
+
+@torch.inference_mode()
+def encode(encoder: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> Rows:
+    """The same rows with their numbers encoded, on disk: done once, not once an epoch."""
+    width = encoder(torch.zeros(1, rows.arrays[1].shape[1])).shape[1]
+    path = rows.folder / "encoded.npy"
+    out = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(len(rows), width))
+    start = 0
+    for _, numbers, labels in rows.batches():
+        out[start : start + len(labels)] = encoder(numbers).numpy()
+        start += len(labels)
+    out.flush()
+    return Rows(rows.folder, "encoded")

@@ -1,13 +1,14 @@
 """evaluate: how good is the model, where, against what, and is it honest?
 
 in:   models/fit/, data/features/
-out:  reports/evaluate/verdict.json: metrics with bootstrap intervals, the same for gradient boosting on the same
-      rows, slices, behaviour checks, the leak canary, and the verdict with its reasons
+out:  reports/evaluate/verdict.json: metrics with bootstrap intervals, the same for gradient
+      boosting on the same rows, slices, behaviour checks, the leak canary, and the verdict with
+      its reasons
 page: reports/evaluate/evaluate.png (for eyes, not tracked)
 run:  dvc repro evaluate
 
-A leak fails the stage: a feature known after prediction time, one that predicts alone, or a model of the
-canary groups that is too good. A model that is merely not good enough gets `passed: false`.
+A leak fails the stage: a feature known after prediction time, one that predicts alone, or a model
+of the canary groups that is too good. A model that is merely not good enough gets `passed: false`.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ def run(params: Params) -> None:
     model = fitted.load()
     with stage.scratch("evaluate") as scratch:
         splits = {
-            name: data.materialise(model.encoding, name, scratch / "all") for name in ("train", "val", "test")
+            name: data.materialise(model.encoding, name, scratch / "all")
+            for name in ("train", "val", "test")
         }
         test = splits["test"]
         label = test.labels
@@ -49,14 +51,15 @@ def run(params: Params) -> None:
         if canary > params.evaluate.leak_auc:
             raise UserError(
                 f"{data.FEATURES}: {' and '.join(params.dataset.canary)} features alone reach AUC "
-                f"{canary:.3f}; above evaluate.leak_auc = {params.evaluate.leak_auc} they hold an outcome"
+                f"{canary:.3f}; above evaluate.leak_auc = {params.evaluate.leak_auc} they hold an "
+                "outcome"
             )
         prediction = model.predict(test)
         behaviour = behave(model, test, params.dataset, params.evaluate)
         stage.say("evaluate", f"gradient boosting on {len(splits['train']):,} rows")
         boosted = baseline(splits, len(model.encoding.vocabulary), params.evaluate, params.fit.seed)
     resamples, seed = params.evaluate.resamples, params.fit.seed
-    outcome = {
+    outcome: dict[str, Any] = {
         "rows": {name: len(rows) for name, rows in splits.items()},
         "metrics": metrics.with_intervals(label, prediction, resamples, seed),
         "baseline": metrics.with_intervals(label, boosted, resamples, seed),
@@ -84,8 +87,8 @@ def stop_on_late_knowledge() -> None:
         if len(late):
             row = late[0].as_py()
             raise UserError(
-                f"{file}: row {row + 1} knows something of {month['known_at'][row]}, after its prediction "
-                f"time {month['prediction_time'][row]} ({len(late):,} such rows)"
+                f"{file}: row {row + 1} knows something of {month['known_at'][row]}, after its "
+                f"prediction time {month['prediction_time'][row]} ({len(late):,} such rows)"
             )
 
 
@@ -116,7 +119,10 @@ def canary_auc(params: Params, scratch: Path) -> float:
         [name for group in groups for name in group.categories],
         [name for group in groups for name in group.numbers],
     )
-    rows = {name: data.materialise(encoding, name, scratch / "canary") for name in ("train", "val", "test")}
+    rows = {
+        name: data.materialise(encoding, name, scratch / "canary")
+        for name in ("train", "val", "test")
+    }
     short = params.fit.model_copy(update={"max_epochs": params.evaluate.canary_epochs})
     model, _ = train_network(encoding, rows["train"], rows["val"], short, scratch)
     return metrics.point(rows["test"].labels, model.predict(rows["test"]))["auc"]
@@ -125,7 +131,9 @@ def canary_auc(params: Params, scratch: Path) -> float:
 def baseline(
     splits: Mapping[str, Rows], categories: int, limits: Evaluate, seed: int
 ) -> npt.NDArray[np.float64]:
-    """Test probabilities of scikit-learn's histogram gradient boosting: same features, rows and stopping rule."""
+    """Test probabilities of scikit-learn's histogram gradient boosting: same features, rows and
+    stopping rule.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     def table(rows: Rows) -> npt.NDArray[np.float32]:
@@ -150,7 +158,9 @@ def baseline(
     return boosting.predict_proba(table(splits["test"]))[:, 1]  # type: ignore[no-any-return]
 
 
-def slices(label: Labels, prediction: Probabilities, columns: list[str]) -> dict[str, dict[str, Any]]:
+def slices(
+    label: Labels, prediction: Probabilities, columns: list[str]
+) -> dict[str, dict[str, Any]]:
     """Figures for each value of each column of the test rows."""
     cut: dict[str, dict[str, Any]] = {}
     for name in columns:
@@ -186,7 +196,10 @@ def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> l
 
 @torch.inference_mode()
 def mean_risk(
-    model: Fitted, rows: Rows, add: Mapping[str, float] | None = None, missing: list[str] | None = None
+    model: Fitted,
+    rows: Rows,
+    add: Mapping[str, float] | None = None,
+    missing: list[str] | None = None,
 ) -> float:
     """The mean probability with `add` added to some numbers and others taken away."""
     total = 0.0
@@ -204,18 +217,23 @@ def judge(outcome: dict[str, Any], limits: Evaluate) -> dict[str, Any]:
     model, boosted = outcome["metrics"], outcome["baseline"]
     reasons = []
     if model["auc"]["value"] < limits.min_auc:
-        reasons.append(f"AUC {model['auc']['value']:.4f} is below evaluate.min_auc = {limits.min_auc}")
+        reasons.append(
+            f"AUC {model['auc']['value']:.4f} is below evaluate.min_auc = {limits.min_auc}"
+        )
     if model["calibration_error"]["value"] > limits.max_calibration_error:
         reasons.append(
             f"calibration error {model['calibration_error']['value']:.4f} is above "
             f"evaluate.max_calibration_error = {limits.max_calibration_error}"
         )
     reasons += [
-        f"{name} {model[name]['value']:.4f} is below the baseline's interval from {boosted[name]['low']:.4f}"
+        f"{name} {model[name]['value']:.4f} is below the baseline's interval from "
+        f"{boosted[name]['low']:.4f}"
         for name in ("auc", "ap")
         if model[name]["value"] < boosted[name]["low"]
     ]
-    reasons += [f"behaviour: {check['name']}" for check in outcome["behaviour"] if not check["passed"]]
+    reasons += [
+        f"behaviour: {check['name']}" for check in outcome["behaviour"] if not check["passed"]
+    ]
     return {"passed": not reasons, "reasons": reasons}
 
 
@@ -229,9 +247,17 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     points = outcome["reliability"]
     left.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-    left.plot([p["probability"] for p in points], [p["rate"] for p in points], "o-", color="tab:blue")
+    left.plot(
+        [p["probability"] for p in points], [p["rate"] for p in points], "o-", color="tab:blue"
+    )
     top = 1.1 * max(max(p["probability"], p["rate"]) for p in points)
-    left.set(title="Calibration on the test rows", xlabel="predicted", ylabel="observed", xlim=(0, top), ylim=(0, top))
+    left.set(
+        title="Calibration on the test rows",
+        xlabel="predicted",
+        ylabel="observed",
+        xlim=(0, top),
+        ylim=(0, top),
+    )
 
     names = ("auc", "ap", "log_loss", "brier")
     for offset, (who, color) in enumerate((("metrics", "tab:blue"), ("baseline", "tab:orange"))):
@@ -239,7 +265,10 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         middle.errorbar(
             [f["value"] for f in figures],
             [at + 0.2 * offset for at in range(len(names))],
-            xerr=[[f["value"] - f["low"] for f in figures], [f["high"] - f["value"] for f in figures]],
+            xerr=[
+                [f["value"] - f["low"] for f in figures],
+                [f["high"] - f["value"] for f in figures],
+            ],
             fmt="o",
             color=color,
             label={"metrics": "model", "baseline": "gradient boosting"}[who],
@@ -248,7 +277,11 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     middle.invert_yaxis()
     middle.legend()
 
-    bars = [(f"{value}", cut["auc"]) for part in outcome["slices"].values() for value, cut in part.items()]
+    bars = [
+        (f"{value}", cut["auc"])
+        for part in outcome["slices"].values()
+        for value, cut in part.items()
+    ]
     right.barh([name for name, _ in bars], [auc for _, auc in bars], color="tab:blue", alpha=0.7)
     right.axvline(outcome["metrics"]["auc"]["value"], color="0.3", linewidth=1)
     right.set(title="AUC by slice (line: all test rows)", xlim=(0.5, 1))

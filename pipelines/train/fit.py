@@ -1,12 +1,14 @@
 """fit: the model learns from the train rows.
 
 in:   data/features/
-out:  models/fit/: weights.safetensors, fit.json (what rebuilds the network), curves.json (figures per epoch)
+out:  models/fit/: weights.safetensors, fit.json (what rebuilds the network), curves.json (figures
+      per epoch)
 log:  MLflow, with params, curves, data hash and git commit
 run:  dvc repro fit
 
-Lightning trains fit.model until the validation loss has not fallen for fit.patience epochs. The best epoch's
-weights are kept, and calibrated on the validation rows. Same data, params and threads give the same bytes.
+Lightning trains fit.model until the validation loss has not fallen for fit.patience epochs. The
+best epoch's weights are kept, and calibrated on the validation rows. Same data, params and threads
+give the same bytes.
 """
 
 import time
@@ -19,10 +21,10 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from pipelines import stage, tracking
 from pipelines.params import Fit, Params
-from pipelines.train import data, fitted
+from pipelines.train import data, fitted, models
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
-from pipelines.train.models import MODELS, Inputs
+from pipelines.train.models.inputs import Inputs
 from pipelines.train.module import BinaryModule, FeatureData
 
 Epoch = dict[str, float]
@@ -33,12 +35,16 @@ def run(params: Params) -> None:
     with stage.scratch("fit") as scratch, stage.fresh(fitted.FOLDER) as out:
         encoding = data.learn(features.categories, features.numbers)
         train, val = (data.materialise(encoding, split, scratch) for split in ("train", "val"))
-        stage.say("fit", f"{params.fit.model} on {len(train):,} train and {len(val):,} validation rows")
+        stage.say(
+            "fit", f"{params.fit.model} on {len(train):,} train and {len(val):,} validation rows"
+        )
         with tracking.run(params, "fit") as logger:
             model, epochs = train_network(encoding, train, val, params.fit, scratch, logger)
             fitted.save(model, params.fit, out)
             stage.write_json(out / fitted.CURVES, epochs)
-            tracking.tag(logger, {"fit": stage.digest(out), "features": stage.digest(data.FEATURES)})
+            tracking.tag(
+                logger, {"fit": stage.digest(out), "features": stage.digest(data.FEATURES)}
+            )
     best = min(epochs, key=lambda epoch: epoch["val_loss"])
     stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {best['val_loss']:.4f}")
 
@@ -48,7 +54,8 @@ def train_network(
 ) -> tuple[Fitted, list[Epoch]]:
     """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch."""
     _repeatable(fit)
-    module = BinaryModule(MODELS[fit.model](Inputs.of(encoding, train, fit), fit), fit)
+    network = models.build(Inputs.of(encoding, train), fit)
+    module = BinaryModule(network.head, fit)
     best = ModelCheckpoint(scratch / "checkpoints", monitor="val_loss", save_weights_only=True)
     progress = _Progress(len(train))
     trainer = pl.Trainer(
@@ -65,9 +72,10 @@ def train_network(
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
-    trainer.fit(module, FeatureData(train, val, fit.batch_size))
+    encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
+    trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-    return Fitted(fitted.calibrate(module.network.cpu(), val), encoding), progress.epochs
+    return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
 
 
 def _repeatable(fit: Fit) -> None:
@@ -99,8 +107,9 @@ class _Progress(pl.Callback):
             speed = self.rows / (time.perf_counter() - self.started)
             stage.say(
                 "fit",
-                f"epoch {trainer.current_epoch + 1} of at most {trainer.max_epochs}: validation loss "
-                f"{figures['val_loss']:.4f}, AUC {figures['val_auc']:.4f}, {speed:,.0f} rows/s",
+                f"epoch {trainer.current_epoch + 1} of at most {trainer.max_epochs}: "
+                f"validation loss {figures['val_loss']:.4f}, AUC {figures['val_auc']:.4f}, "
+                f"{speed:,.0f} rows/s",
             )
 
 

@@ -1,4 +1,6 @@
-"""A fitted model: its calibrated network, the encoding of its inputs, and the folder that holds both."""
+"""A fitted model: its calibrated network, the encoding of its inputs, and the folder that holds
+both.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,9 @@ from torch import nn
 
 from pipelines import stage
 from pipelines.params import Fit
+from pipelines.train import models
 from pipelines.train.data import Encoding, Rows
-from pipelines.train.models import MODELS, Inputs
+from pipelines.train.models.inputs import Inputs, Network
 
 FOLDER = Path("models/fit")
 WEIGHTS, DESCRIPTION, CURVES = "weights.safetensors", "fit.json", "curves.json"
@@ -25,12 +28,14 @@ def probability(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Calibrated(nn.Module):
-    """A network with Platt's scaling (1999) of its log odds: what a bundle computes, (rows,) in [0, 1]."""
+    """A network with Platt's scaling (1999) of its log odds: what a bundle computes, (rows,) in
+    [0, 1].
+    """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("scale", torch.ones(()))
@@ -55,11 +60,13 @@ class Fitted:
     @torch.inference_mode()
     def predict(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Calibrated probability, shape (rows,)."""
-        return torch.cat([self.network(codes, numbers) for codes, numbers, _ in rows.batches()]).numpy()
+        return torch.cat(
+            [self.network(codes, numbers) for codes, numbers, _ in rows.batches()]
+        ).numpy()
 
 
 @torch.inference_mode()
-def calibrate(network: nn.Module, rows: Rows) -> Calibrated:
+def calibrate(network: Network, rows: Rows) -> Calibrated:
     """Fit scale and shift of the log odds on `rows` by Newton's method on the log loss."""
     calibrated = Calibrated(network.eval())
     odds = torch.cat([calibrated.log_odds(codes, numbers) for codes, numbers, _ in rows.batches()])
@@ -96,6 +103,6 @@ def load(folder: Path = FOLDER) -> Fitted:
     )
     fit = Fit.model_validate(description["fit"])
     weights = load_file(folder / WEIGHTS)
-    network = Calibrated(MODELS[fit.model](Inputs.blank(encoding, fit), fit))
+    network = Calibrated(models.build(Inputs.blank(encoding), fit))
     network.load_state_dict(weights)
     return Fitted(network.eval(), encoding)

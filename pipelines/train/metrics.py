@@ -1,7 +1,7 @@
 """Quality of a binary classifier's probabilities, with bootstrap intervals.
 
-label: shape (rows,), 0 or 1. probability: shape (rows,), in [0, 1]. All figures are rounded to six digits: sums of
-floats repeat no further across machines.
+label: shape (rows,), 0 or 1. probability: shape (rows,), in [0, 1]. All figures are rounded to six
+digits: sums of floats repeat no further across machines.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,9 @@ class Interval(TypedDict):
 def with_intervals(
     label: npt.NDArray[np.integer], probability: npt.NDArray[np.floating], resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """Every figure of NAMES with its percentile bootstrap interval (Efron 1979), rows drawn with replacement."""
+    """Every figure of NAMES with its percentile bootstrap interval (Efron 1979), rows drawn with
+    replacement.
+    """
     measure = measurer(label, probability)
     rows = len(label)
     random = np.random.default_rng(seed)
@@ -49,7 +51,9 @@ def with_intervals(
     }
 
 
-def point(label: npt.NDArray[np.integer], probability: npt.NDArray[np.floating]) -> dict[str, float]:
+def point(
+    label: npt.NDArray[np.integer], probability: npt.NDArray[np.floating]
+) -> dict[str, float]:
     """Every figure of NAMES on the rows as they are. AUC is 0.5 where one class is missing."""
     value = measurer(label, probability)(np.ones(len(label)))
     return {name: round(float(value[at]), DIGITS) for at, name in enumerate(NAMES)}
@@ -58,16 +62,19 @@ def point(label: npt.NDArray[np.integer], probability: npt.NDArray[np.floating])
 def measurer(
     label: npt.NDArray[np.integer], probability: npt.NDArray[np.floating]
 ) -> Callable[[Floats], Floats]:
-    """A function from row weights, shape (rows,), to the figures of NAMES. Sorts once, then costs O(rows).
+    """A function from row weights, shape (rows,), to the figures of NAMES. Sorts once, then costs
+    O(rows).
 
-    AUC is the area by trapezoids, average precision the sum of precision over steps of recall, both over
-    distinct probabilities; the calibration error is the mean gap between rate and probability over BINS bins
-    of equal count.
+    AUC is the area by trapezoids, average precision the sum of precision over steps of recall,
+    both over distinct probabilities; the calibration error is the mean gap between rate and
+    probability over BINS bins of equal count.
     """
     order = np.argsort(-probability, kind="stable")
     y = label[order].astype(np.float64)
     p = np.clip(probability[order].astype(np.float64), 1e-7, 1 - 1e-7)
-    ends = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)  # the last row of each distinct probability
+    ends = np.append(
+        np.flatnonzero(np.diff(p)), len(p) - 1
+    )  # the last row of each distinct probability
     losses = -np.where(y == 1, np.log(p), np.log1p(-p))
     squares = (p - y) ** 2
     bins = np.arange(len(p)) * BINS // len(p)
@@ -81,7 +88,9 @@ def measurer(
         positives, negatives = hits[-1], misses[-1]
         auc = 0.5
         if positives > 0 and negatives > 0:
-            auc = float(np.trapezoid(np.append(0, hits), np.append(0, misses)) / (positives * negatives))
+            auc = float(
+                np.trapezoid(np.append(0, hits), np.append(0, misses)) / (positives * negatives)
+            )
         gained = np.diff(hits, prepend=0)
         ap = float((gained * hits / np.maximum(asked, 1e-12)).sum() / max(positives, 1e-12))
         gap = np.abs(np.bincount(bins, w * (p - y), minlength=BINS)).sum() / total

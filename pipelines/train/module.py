@@ -1,12 +1,11 @@
-"""Lightning: the loss, optimiser and schedule around any network of the model table, and its batches.
+"""Lightning: the loss, optimiser and schedule around any head of the model table, and its batches.
 
-A network maps codes (rows, categories) and numbers (rows, numbers, NaN for missing) to logits (rows, members).
+A head maps codes (rows, categories) and encoded numbers (rows, width) to logits (rows, members).
 """
-
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -20,21 +19,21 @@ from pipelines.train.fitted import probability
 class BinaryModule(pl.LightningModule):
     """Binary cross-entropy of every member; the prediction is the members' mean probability."""
 
-    def __init__(self, network: nn.Module, fit: Fit) -> None:
+    def __init__(self, head: nn.Module, fit: Fit) -> None:
         super().__init__()
-        self.network, self.fit = network, fit
+        self.head, self.options = head, fit
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         codes, numbers, labels = batch
-        logits = self.network(codes, numbers)
+        logits = self.head(codes, numbers)
         loss = F.binary_cross_entropy_with_logits(logits, labels[:, None].expand_as(logits))
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
         codes, numbers, labels = batch
-        self._seen.append((probability(self.network(codes, numbers)), labels))
+        self._seen.append((probability(self.head(codes, numbers)), labels))
 
     def on_validation_epoch_end(self) -> None:
         predicted, labels = (torch.cat(part) for part in zip(*self._seen, strict=True))
@@ -44,24 +43,29 @@ class BinaryModule(pl.LightningModule):
         self.log("val_loss", figures["log_loss"], sync_dist=True)
         self.log("val_auc", figures["auc"], sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, weight decay on matrices only, one cycle of the learning rate (Smith & Topin 2019)."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, weight decay on matrices only, one cycle of the learning rate (Smith & Topin
+        2019).
+        """
         embeddings = {
-            id(p) for m in self.network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+            id(p)
+            for m in self.head.modules()
+            if isinstance(m, nn.Embedding)
+            for p in m.parameters()
         }
-        parameters = list(self.network.parameters())
+        parameters = list(self.head.parameters())
         decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
         plain = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
         optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": self.fit.weight_decay},
+                {"params": decayed, "weight_decay": self.options.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
-            lr=self.fit.learning_rate,
+            lr=self.options.learning_rate,
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            self.fit.learning_rate,
+            self.options.learning_rate,
             total_steps=int(self.trainer.estimated_stepping_batches),
             pct_start=0.2,
             cycle_momentum=False,

@@ -1,8 +1,9 @@
 """package: the fitted model becomes a bundle that needs nothing of this repository.
 
 in:   models/fit/, data/features/, reports/evaluate/verdict.json
-out:  models/bundle/: model.onnx (raw feature columns -> calibrated probability), bundle.json (the contract),
-      reference.parquet (validation rows with label and prediction), reports/package/verdict.json
+out:  models/bundle/: model.onnx (raw feature columns -> calibrated probability), bundle.json (the
+      contract), reference.parquet (validation rows with label and prediction),
+      reports/package/verdict.json
 run:  dvc repro package
 
 The stage fails where ONNX Runtime and torch differ on a test row by more than package.parity.
@@ -43,12 +44,17 @@ def run(params: Params) -> None:
                 f"ONNX Runtime and torch differ by {gap:.2e} on a test row; "
                 f"package.parity allows {params.package.parity:.0e}"
             )
-        tables.write(reference(scorer, model.encoding, params.package.reference_rows), out / bundle.REFERENCE)
+        tables.write(
+            reference(scorer, model.encoding, params.package.reference_rows), out / bundle.REFERENCE
+        )
     size = (bundle.FOLDER / bundle.MODEL).stat().st_size
     verdict = {"parity": float(f"{gap:.0e}"), "rows": test.num_rows, "model_bytes": size}
     stage.write_json(REPORT / "verdict.json", verdict)
     digest = stage.digest(bundle.FOLDER)
-    stage.say("package", f"bundle {digest[:12]}, {size / 1e6:.1f} MB, parity {gap:.0e} on {test.num_rows:,} rows")
+    stage.say(
+        "package",
+        f"bundle {digest[:12]}, {size / 1e6:.1f} MB, parity {gap:.0e} on {test.num_rows:,} rows",
+    )
 
 
 def split(encoding: Encoding, name: str) -> pa.Table:
@@ -75,7 +81,10 @@ def reference(scorer: bundle.Scorer, encoding: Encoding, rows: int) -> pa.Table:
 
 
 def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What a caller and a registry must know. The git commit is a tag of the version: see decision 0006."""
+    """What a caller and a registry must know.
+
+    The git commit is a tag of the version: see decision 0006.
+    """
     columns = [{"name": name, "type": "string"} for name in encoding.vocabulary]
     columns += [{"name": name, "type": "float32"} for name in encoding.numbers]
     return {
@@ -97,14 +106,16 @@ def to_onnx(model: Fitted) -> onnx.ModelProto:
     """One graph from the raw columns, each of shape (rows,), to `probability`, shape (rows,)."""
     network = _network(model)
     inputs = _inputs(model.encoding, network.ir_version)
-    joined = onnx.compose.merge_models(inputs, network, io_map=[("codes", "codes"), ("numbers", "numbers")])
+    joined = onnx.compose.merge_models(
+        inputs, network, io_map=[("codes", "codes"), ("numbers", "numbers")]
+    )
     joined.producer_name, joined.producer_version = "headrace", ""
     onnx.checker.check_model(joined)
     return joined
 
 
 def _network(model: Fitted) -> onnx.ModelProto:
-    """The calibrated network as torch exports it, without the exporter's notes on files and lines."""
+    """The calibrated network as torch exports it, without its notes on files and lines."""
     codes = torch.zeros(2, len(model.encoding.vocabulary), dtype=torch.int64)
     numbers = torch.zeros(2, len(model.encoding.numbers))
     rows = torch.export.Dim("rows")
@@ -148,10 +159,16 @@ def _inputs(encoding: Encoding, ir_version: int) -> onnx.ModelProto:
         inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows"]))
         nodes.append(helper.make_node("Unsqueeze", [name, "axis"], [f"{name}_column"]))
     for group, names in (("codes", list(encoding.vocabulary)), ("numbers", encoding.numbers)):
-        nodes.append(helper.make_node("Concat", [f"{name}_column" for name in names], [group], axis=1))
+        nodes.append(
+            helper.make_node("Concat", [f"{name}_column" for name in names], [group], axis=1)
+        )
     outputs = [
-        helper.make_tensor_value_info("codes", TensorProto.INT64, ["rows", len(encoding.vocabulary)]),
-        helper.make_tensor_value_info("numbers", TensorProto.FLOAT, ["rows", len(encoding.numbers)]),
+        helper.make_tensor_value_info(
+            "codes", TensorProto.INT64, ["rows", len(encoding.vocabulary)]
+        ),
+        helper.make_tensor_value_info(
+            "numbers", TensorProto.FLOAT, ["rows", len(encoding.numbers)]
+        ),
     ]
     graph = helper.make_graph(nodes, "inputs", inputs, outputs, [axis])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", 3)]

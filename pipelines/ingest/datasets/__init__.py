@@ -1,4 +1,6 @@
-"""The datasets: a folder each, `events.sql` (raw tables to events) and `features.sql` (events to features)."""
+"""The datasets: a folder each, `events.sql` (raw tables to events) and `features.sql` (events to
+features).
+"""
 
 from pathlib import Path
 

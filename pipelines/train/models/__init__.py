@@ -6,7 +6,13 @@ from torch import nn
 
 from pipelines.params import Fit
 from pipelines.train.models import mlp
-from pipelines.train.models.inputs import Inputs
+from pipelines.train.models.inputs import Inputs, Network, NumberEncoder
 
-# A builder gives a network: codes (rows, categories), numbers (rows, numbers) -> logits (rows, members).
-MODELS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {"mlp": mlp.build}
+# A builder gives a head: codes (rows, categories), encoded numbers (rows, width) -> logits (rows,
+# members).
+HEADS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {"mlp": mlp.build}
+
+
+def build(inputs: Inputs, fit: Fit) -> Network:
+    """The network `fit.model` names, with fresh weights."""
+    return Network(NumberEncoder(inputs), HEADS[fit.model](inputs, fit))

@@ -1,43 +1,107 @@
-"""What every network must know of its inputs."""
+"""What every network shares: how numbers are encoded, and the frame around a head of its own."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
-from pipelines.params import Fit
 from pipelines.train.data import Encoding, Rows
 
-SAMPLE = 100_000  # rows from which quantiles are read, evenly spaced
+SAMPLE = 100_000  # rows from which statistics are read, evenly spaced
+POINTS = 65  # quantiles of a number: enough for its shape, few enough for one matrix of comparisons
+OFTEN = 0.01  # a number missing more seldom than this has no flag: too few rows to learn its weight
+CHANNELS = 3  # encoded values of one number
 
 
 @dataclass(frozen=True)
 class Inputs:
     """cardinalities: codes per category, the one for missing included.
 
-    quantiles: shape (numbers, fit.quantiles), of the train rows' known values, not decreasing.
+    statistics: shape (numbers, POINTS + 3): quantiles of the known values, their mean, their
+    standard deviation, and the share of rows that miss the number.
     """
 
     cardinalities: list[int]
-    quantiles: npt.NDArray[np.float32]
+    statistics: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, encoding: Encoding, train: Rows, fit: Fit) -> "Inputs":
-        """Read from the train rows. A number that is never known gets zeros."""
+    def of(cls, encoding: Encoding, train: Rows) -> "Inputs":
+        """Read from the train rows. A number that is never known counts as always zero."""
         numbers = train.arrays[1]
         sample = np.asarray(numbers[:: max(1, len(numbers) // SAMPLE)], dtype=np.float64)
-        points = np.linspace(0, 1, fit.quantiles)
-        columns = [
-            np.quantile(known, points) if len(known := column[~np.isnan(column)]) else np.zeros(len(points))
-            for column in sample.T
-        ]
-        return cls(_cardinalities(encoding), np.array(columns, np.float32).reshape(-1, fit.quantiles))
+        lines = [_statistics(column) for column in sample.T]
+        return cls(_cardinalities(encoding), np.array(lines, np.float32).reshape(-1, POINTS + 3))
 
     @classmethod
-    def blank(cls, encoding: Encoding, fit: Fit) -> "Inputs":
+    def blank(cls, encoding: Encoding) -> "Inputs":
         """The right shapes, to be filled from saved weights."""
-        return cls(_cardinalities(encoding), np.zeros((len(encoding.numbers), fit.quantiles), np.float32))
+        shape = (len(encoding.numbers), POINTS + 3)
+        return cls(_cardinalities(encoding), np.zeros(shape, np.float32))
 
 
 def _cardinalities(encoding: Encoding) -> list[int]:
     return [len(values) + 1 for values in encoding.vocabulary.values()]
+
+
+def _statistics(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    known = column[~np.isnan(column)]
+    missing = 1 - len(known) / max(1, len(column))
+    if len(known) == 0:
+        known = np.zeros(1)
+    spread = known.std() or 1.0
+    return np.append(np.quantile(known, np.linspace(0, 1, POINTS)), [known.mean(), spread, missing])
+
+
+class NumberEncoder(nn.Module):
+    """(rows, numbers), NaN for missing -> (rows, numbers * CHANNELS), nothing learned by gradient.
+
+    Each number becomes its rank among the train rows on a logit scale (ties in the middle), its
+    standard score clipped at four, and a flag where it is missing; a missing number is the median
+    and the mean.
+    """
+
+    edges: torch.Tensor
+    moments: torch.Tensor
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        statistics = torch.from_numpy(inputs.statistics)
+        self.register_buffer("edges", statistics[:, :POINTS].clone())
+        self.register_buffer("moments", statistics[:, POINTS:].clone())
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        missing = torch.isnan(numbers)
+        known = torch.where(missing, 0.0, numbers)
+        rank = self._rank(known).clamp(0.001, 0.999)
+        mean, spread, share = self.moments.unbind(dim=1)
+        # 1.8 brings the logit of a rank to about unit variance.
+        logit = torch.where(missing, 0.0, (torch.log(rank) - torch.log1p(-rank)) / 1.8)
+        score = torch.where(missing, 0.0, ((known - mean) / spread).clamp(-4, 4))
+        flag = missing.float() * (share > OFTEN).float()
+        return torch.cat([logit, score, flag], dim=1)
+
+    def _rank(self, known: torch.Tensor) -> torch.Tensor:
+        """The share of train rows below, linear between quantiles; a span of no width is a step."""
+        low, span = self.edges[:, :-1], self.edges[:, 1:] - self.edges[:, :-1]
+        above = known[:, :, None] - low
+        inside = (above / torch.where(span > 0, span, 1.0)).clamp(0, 1)
+        step = (torch.sign(above) + 1) / 2
+        return torch.where(span > 0, inside, step).mean(dim=2)
+
+
+class Network(nn.Module):
+    """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members).
+
+    The head maps codes and encoded numbers to logits. Training encodes every row once and feeds
+    the head.
+    """
+
+    def __init__(self, encoder: NumberEncoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(codes, self.encoder(numbers))
+        return logits

@@ -253,7 +253,7 @@ select
     f.sched_dep_time div 100 * 60 + f.sched_dep_time % 100 as departure_minute,
     f.sched_arr_time div 100 * 60 + f.sched_arr_time % 100 as arrival_minute,
     f.block_minutes, f.distance,
-    f.seats, year(f.scheduled_at) - f.plane_year as plane_age,
+    f.plane_model, f.seats, year(f.scheduled_at) - f.plane_year as plane_age,
 
     f.temp, f.dewp, f.humid, f.wind_dir, f.wind_speed, f.wind_gust, f.precip, f.pressure, f.visib,
 
@@ -290,7 +290,14 @@ select
     h.dep_late_30d / nullif(h.departed_30d, 0) as flight_dep_late_30d,
     t.delay as tail_delay,
     (f.asked - t.departed) / 3600 as tail_hours,
-    (unix_timestamp(f.scheduled_at) - t.back) / 3600 as tail_slack
+    (unix_timestamp(f.scheduled_at) - t.back) / 3600 as tail_slack,
+    -- From an hour short to two hours in hand the risk falls from near certain to usual, and most of what
+    -- a model can know is there: the range in five parts, in minutes, clipped to each.
+    least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, -60), 0) as tail_slack_m60_0,
+    least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 0), 24) as tail_slack_0_24,
+    least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 24), 48) as tail_slack_24_48,
+    least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 48), 72) as tail_slack_48_72,
+    least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 72), 120) as tail_slack_72_120
 from flights as f
 left join origin_now as o on f.origin = o.origin and f.tick = o.tick
 left join carrier_origin_now as co
