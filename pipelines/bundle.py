@@ -17,7 +17,7 @@ FOLDER = Path("models/bundle")
 MODEL = "model.onnx"
 CONTRACT = "bundle.json"
 REFERENCE = "reference.parquet"
-BATCH = 8192
+BATCH = 2048
 
 
 @dataclass(frozen=True)

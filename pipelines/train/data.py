@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 
 FEATURES = Path("data/features")
 RARE = 20  # fewer train rows than this teach an embedding nothing
-BATCH = 8192  # rows at a time where nothing is learned
+BATCH = 2048  # rows at a time where nothing is learned
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

@@ -88,6 +88,7 @@ def _repeatable(fit: Fit) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     # More workers would copy batches between processes; they are slices of mapped memory already.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 
 class _Progress(pl.Callback):

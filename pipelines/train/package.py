@@ -116,6 +116,7 @@ def to_onnx(model: Fitted) -> onnx.ModelProto:
 
 def _network(model: Fitted) -> onnx.ModelProto:
     """The calibrated network as torch exports it, without its notes on files and lines."""
+    _hush()
     codes = torch.zeros(2, len(model.encoding.vocabulary), dtype=torch.int64)
     numbers = torch.zeros(2, len(model.encoding.numbers))
     rows = torch.export.Dim("rows")
@@ -135,6 +136,16 @@ def _network(model: Fitted) -> onnx.ModelProto:
         del node.metadata_props[:]
     del exported.metadata_props[:], exported.graph.metadata_props[:], exported.graph.value_info[:]
     return exported
+
+
+def _hush() -> None:
+    """The exporter warns of torchvision, which no model here needs, and of its own internals."""
+    import logging
+    import warnings
+
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", ".*axis name.*")
 
 
 def _inputs(encoding: Encoding, ir_version: int) -> onnx.ModelProto:

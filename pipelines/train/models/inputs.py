@@ -12,6 +12,7 @@ from pipelines.train.data import Encoding, Rows
 SAMPLE = 100_000  # rows from which statistics are read, evenly spaced
 POINTS = 65  # quantiles of a number: enough for its shape, few enough for one matrix of comparisons
 OFTEN = 0.01  # a number missing more seldom than this has no flag: too few rows to learn its weight
+STEP = 1e6  # the slope of a step
 CHANNELS = 3  # encoded values of one number
 
 
@@ -83,12 +84,15 @@ class NumberEncoder(nn.Module):
         return torch.cat([logit, score, flag], dim=1)
 
     def _rank(self, known: torch.Tensor) -> torch.Tensor:
-        """The share of train rows below, linear between quantiles; a span of no width is a step."""
+        """The share of train rows below, linear between quantiles.
+
+        A span of no width, which a frequent value leaves, is a step with its middle at that value.
+        """
         low, span = self.edges[:, :-1], self.edges[:, 1:] - self.edges[:, :-1]
+        flat = (span == 0).float()
+        steepness = torch.where(span == 0, STEP, 1 / torch.where(span == 0, 1.0, span))
         above = known[:, :, None] - low
-        inside = (above / torch.where(span > 0, span, 1.0)).clamp(0, 1)
-        step = (torch.sign(above) + 1) / 2
-        return torch.where(span > 0, inside, step).mean(dim=2)
+        return torch.addcmul(flat / 2, above, steepness).clamp(0, 1).mean(dim=2)
 
 
 class Network(nn.Module):

@@ -54,11 +54,11 @@ days as (
     select
         origin, dest, carrier, flight, (at - 28800 + 86399) div 86400 as day, max(at) as seen_at,
         sum(arrived) as arrived, sum(arr_delay) as arr_delay, sum(arr_late) as arr_late,
-        sum(departed) as departed, sum(dep_late) as dep_late, sum(gained) as gained
+        sum(gained) as gained
     from seen
     group by origin, dest, carrier, flight, (at - 28800 + 86399) div 86400
     union all
-    select distinct origin, dest, carrier, flight, day, cast(null as bigint), 0, 0, 0, 0, 0, 0
+    select distinct origin, dest, carrier, flight, day, cast(null as bigint), 0, 0, 0, 0
     from flights
 ),
 
@@ -188,15 +188,12 @@ flight_habit as (
     select
         carrier, flight, day,
         max(seen_at) over ever as seen_at,
-        sum(arrived) over d7 as arrived_7d, sum(arr_late) over d7 as late_7d,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d,
-        sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d,
-        sum(departed) over d30 as departed_30d, sum(dep_late) over d30 as dep_late_30d
+        sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d
     from (
         select
             carrier, flight, day, max(seen_at) as seen_at, sum(arrived) as arrived,
-            sum(arr_late) as arr_late, sum(arr_delay) as arr_delay, sum(gained) as gained,
-            sum(departed) as departed, sum(dep_late) as dep_late
+            sum(arr_late) as arr_late, sum(arr_delay) as arr_delay, sum(gained) as gained
         from days
         group by carrier, flight, day
     ) as line
@@ -204,7 +201,6 @@ flight_habit as (
         ever as (
             partition by carrier, flight order by day rows between unbounded preceding and current row
         ),
-        d7 as (partition by carrier, flight order by day range between 6 preceding and current row),
         d30 as (partition by carrier, flight order by day range between 29 preceding and current row)
 ),
 
@@ -283,11 +279,9 @@ select
     r.delay_30d / nullif(r.arrived_30d, 0) as route_delay_30d,
     r.gained_30d / nullif(r.arrived_30d, 0) as route_gained_30d,
     h.arrived_30d as flight_arrived_30d,
-    h.late_7d / nullif(h.arrived_7d, 0) as flight_late_7d,
     h.late_30d / nullif(h.arrived_30d, 0) as flight_late_30d,
     h.delay_30d / nullif(h.arrived_30d, 0) as flight_delay_30d,
     h.gained_30d / nullif(h.arrived_30d, 0) as flight_gained_30d,
-    h.dep_late_30d / nullif(h.departed_30d, 0) as flight_dep_late_30d,
     t.delay as tail_delay,
     (f.asked - t.departed) / 3600 as tail_hours,
     (unix_timestamp(f.scheduled_at) - t.back) / 3600 as tail_slack,
