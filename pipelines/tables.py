@@ -15,7 +15,10 @@ def write(table: pa.Table, path: Path) -> None:
     The caller gives the rows in full order.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
+    # Engines differ in what they call nullable and in the size of their batches; the rows do not.
+    fields = [field.with_nullable(True).remove_metadata() for field in table.schema]
+    plain = pa.Table.from_arrays(table.combine_chunks().columns, schema=pa.schema(fields))
+    pq.write_table(plain, path, compression="zstd")
 
 
 def months(folder: Path) -> list[Path]:

@@ -2,20 +2,15 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from world import ROOT, Checkout
 
 from pipelines import params as parameters
 from pipelines.ingest import fetch
 from pipelines.params import Params
 
-ROOT = Path(__file__).parent.parent
 KEPT = 12  # one flight number of so many
 TRACKED = ("params.yaml", "dvc.yaml", "expectations", "pipelines", ".dvc/config", ".dvcignore")
 
@@ -54,7 +49,7 @@ def _thinned(content: bytes) -> bytes:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> "Checkout":
+def checkout(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """The current folder is a copy of what the pipeline reads, on a copy of the small source."""
     made = Checkout(tmp_path / "checkout", tmp_path / "source")
     shutil.copytree(source, made.source)
@@ -70,58 +65,3 @@ def checkout(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> "
     )
     monkeypatch.chdir(made.folder)
     return made
-
-
-class Checkout:
-    """A folder with params.yaml, and how a test changes and runs it."""
-
-    def __init__(self, folder: Path, source: Path) -> None:
-        self.folder, self.source = folder, source
-
-    def set(self, **changes: Any) -> None:
-        """Merge `changes` into params.yaml."""
-        path = self.folder / "params.yaml"
-        values = yaml.safe_load(path.read_text())
-        path.write_text(yaml.safe_dump(_merged(values, changes), sort_keys=False))
-
-    def params(self) -> Params:
-        return parameters.load(self.folder / "params.yaml")
-
-    def start(self, module: str, **popen: Any) -> subprocess.Popen[str]:
-        """`python -m module` in this folder."""
-        env = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", *module.split()],
-            cwd=self.folder,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **popen,
-        )
-
-    def run(self, module: str) -> "Ended":
-        process = self.start(module)
-        out, err = process.communicate(timeout=600)
-        return Ended(process.returncode, out, err)
-
-
-class Ended:
-    """How a process ended."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    def __repr__(self) -> str:
-        return f"status {self.status}\n{self.out}\n{self.err}"
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old | {key: _merged(old.get(key), value) for key, value in new.items()}
-    return new
-
-
-Edit = Callable[[str], str]

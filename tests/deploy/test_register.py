@@ -1,0 +1,116 @@
+"""register acts by content: told twice, or by many at once, it acts once."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import onnx
+import pyarrow as pa
+import pytest
+from onnx import TensorProto, helper
+from world import Checkout
+
+from pipelines import bundle, stage, tables, tracking
+from pipelines.deploy import register
+
+REGISTER = "pipelines.deploy.register"
+
+
+def make_bundle(shift: float = 0.0, passed: bool = True) -> str:
+    """A bundle of one number whose answer is that number plus `shift`. Returns its hash."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
+    answer = helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["rows"])
+    constant = helper.make_tensor("shift", TensorProto.FLOAT, [1], [shift])
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "shift"], ["probability"])],
+        "g",
+        [value],
+        [answer],
+        [constant],
+    )
+    bundle.FOLDER.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
+    onnx.save(model, bundle.FOLDER / bundle.MODEL)
+    figure = {"value": 0.7, "low": 0.6, "high": 0.8}
+    contract = {
+        "as_of": "2013-06-01", "passed": passed, "metrics": {"auc": figure},
+        "columns": [{"name": "x", "type": "float32"}],
+    }  # fmt: skip
+    stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
+    tables.write(pa.table({"x": [0.5], "label": [1]}), bundle.FOLDER / bundle.REFERENCE)
+    Path("models/fit").mkdir(exist_ok=True)
+    Path("models/fit/weights").write_text("w")
+    return stage.digest(bundle.FOLDER)
+
+
+def _versions(checkout: Checkout) -> dict[str, str]:
+    """Bundle hash by version number, every version of the model."""
+    store, _ = tracking.client(checkout.params())
+    found = store.search_model_versions("name = 'flights'")
+    return {str(version.version): version.tags["bundle"] for version in found}
+
+
+def _aliases(checkout: Checkout) -> dict[str, str]:
+    store, _ = tracking.client(checkout.params())
+    return {k: str(v) for k, v in store.get_registered_model("flights").aliases.items()}
+
+
+def test_the_same_bundle_is_one_version_and_the_next_a_challenger(checkout: Checkout) -> None:
+    params = checkout.params()
+    first = make_bundle()
+    register.run(params)
+    register.run(params)
+    assert _versions(checkout) == {"1": first}
+    assert _aliases(checkout) == {"champion": "1"}
+    entry = json.loads(register.record(params, first).read_text())
+    assert entry == {"aliases": ["champion"], "bundle": first, "model": "flights", "version": 1}
+
+    second = make_bundle(shift=0.1)
+    register.run(params)
+    assert _versions(checkout) == {"1": first, "2": second}
+    assert _aliases(checkout) == {"champion": "1", "challenger": "2"}
+
+    make_bundle()
+    register.run(params)
+    assert _versions(checkout) == {"1": first, "2": second}
+    assert _aliases(checkout) == {"champion": "1", "challenger": "2"}
+
+
+def test_a_bundle_that_did_not_pass_is_no_champion(checkout: Checkout) -> None:
+    make_bundle(passed=False)
+    register.run(checkout.params())
+    assert _aliases(checkout) == {"challenger": "1"}
+
+
+def test_the_version_holds_the_bundle_byte_for_byte(checkout: Checkout) -> None:
+    import mlflow
+
+    digest = make_bundle()
+    register.run(checkout.params())
+    tracking.client(checkout.params())
+    copy = Path(mlflow.artifacts.download_artifacts("models:/flights@champion", dst_path="copy"))
+    assert stage.digest(copy / "extra_files") == digest
+
+
+def test_two_at_once_leave_one_version(checkout: Checkout) -> None:
+    digest = make_bundle()
+    tracking.client(checkout.params())
+    both = [checkout.start(REGISTER) for _ in range(2)]
+    ends = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert list(_versions(checkout).values()) == [digest]
+    assert list(_aliases(checkout)) == ["champion"]
+
+
+@pytest.mark.parametrize("seconds", [4.0, 5.5, 7.0])
+def test_a_killed_registration_is_finished_by_the_next(checkout: Checkout, seconds: float) -> None:
+    digest = make_bundle()
+    process = checkout.start(REGISTER)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ended = checkout.run(REGISTER)
+    assert ended.status == 0, ended
+    assert list(_versions(checkout).values()) == [digest]
+    assert _aliases(checkout) == {"champion": next(iter(_versions(checkout)))}

@@ -1,0 +1,150 @@
+"""fetch copies what is new, before the clock, whole; every source gives the same files."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from world import Checkout
+
+from pipelines.errors import UserError
+from pipelines.ingest import fetch
+
+
+def _files() -> dict[str, str]:
+    return {
+        path.relative_to(fetch.RAW).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
+        for path in fetch.RAW.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_folder_is_copied_up_to_the_clock(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout.set(as_of="2013-04-01")
+    fetch.run(checkout.params())
+    assert "flights/2013-03.csv" in _files()
+    assert "flights/2013-04.csv" not in _files()
+    for name, digest in _files().items():
+        assert hashlib.md5((checkout.source / name).read_bytes()).hexdigest() == digest
+    assert "9 files, 9 new or changed" in capsys.readouterr().out
+
+
+def test_only_what_changed_is_copied_again(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = checkout.params()
+    fetch.run(params)
+    assert not fetch.changed(params)
+    path = checkout.source / "flights" / "2013-02.csv"
+    path.write_bytes(path.read_bytes()[:-200].rpartition(b"\n")[0] + b"\n")
+    assert fetch.changed(params)
+    capsys.readouterr()
+    fetch.run(params)
+    assert ", 1 new or changed" in capsys.readouterr().out
+    assert not fetch.changed(params)
+
+
+def test_an_earlier_clock_forgets_later_months(checkout: Checkout) -> None:
+    fetch.run(checkout.params())
+    whole = _files()
+    checkout.set(as_of="2013-03-01")
+    fetch.run(checkout.params())
+    assert "flights/2013-03.csv" not in _files()
+    checkout.set(as_of="2013-06-01")
+    fetch.run(checkout.params())
+    assert _files() == whole
+
+
+def test_a_partial_file_of_a_killed_run_is_removed(checkout: Checkout) -> None:
+    fetch.run(checkout.params())
+    (fetch.RAW / "flights" / ".2013-01.csv.partial").write_text("half")
+    fetch.run(checkout.params())
+    assert not list(fetch.RAW.rglob("*.partial"))
+
+
+def test_a_future_month_is_never_read(checkout: Checkout) -> None:
+    (checkout.source / "flights" / "2014-07.csv").write_text("nothing that could be read\n")
+    fetch.run(checkout.params())
+    assert "flights/2014-07.csv" not in _files()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda s: (s / "flights" / "2013-03.csv").unlink(),
+            r"flights/2013-03\.csv is missing; later months",
+        ),
+        (lambda s: (s / "planes.csv").unlink(), r"table planes is missing; expected planes\.csv"),
+        (lambda s: [p.unlink() for p in (s / "weather").iterdir()], "table weather is missing"),
+        (
+            lambda s: ((s / "planes.csv").unlink(), (s / "planes.csv").mkdir()),
+            r"planes\.csv cannot be read: Is a dir",
+        ),
+    ],
+)
+def test_a_broken_folder_is_one_line(checkout: Checkout, spoil: object, said: str) -> None:
+    spoil(checkout.source)  # type: ignore[operator]
+    with pytest.raises(UserError, match=said):
+        fetch.run(checkout.params())
+
+
+def test_no_folder_is_one_line(checkout: Checkout) -> None:
+    checkout.set(fetch={"source": "nowhere"})
+    with pytest.raises(UserError, match=r"fetch\.source: nowhere is not a folder"):
+        fetch.run(checkout.params())
+
+
+def test_no_month_before_the_clock_is_one_line(checkout: Checkout) -> None:
+    checkout.set(as_of="2012-01-01")
+    with pytest.raises(UserError, match="has no month before as_of 2012-01-01"):
+        fetch.run(checkout.params())
+
+
+@pytest.fixture
+def bucket(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The small source on an S3 server."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="lake")
+    for path in checkout.source.rglob("*.csv"):
+        client.upload_file(str(path), "lake", f"raw/{path.relative_to(checkout.source).as_posix()}")
+    yield "s3://lake/raw"
+    server.stop()
+
+
+def test_a_bucket_gives_what_the_folder_gives(checkout: Checkout, bucket: str) -> None:
+    fetch.run(checkout.params())
+    folder = _files()
+    for path in fetch.RAW.rglob("*.csv"):
+        path.unlink()
+    checkout.set(fetch={"source": bucket})
+    fetch.run(checkout.params())
+    assert _files() == folder
+    assert not fetch.changed(checkout.params())
+
+
+def test_a_missing_bucket_is_one_line(checkout: Checkout, bucket: str) -> None:
+    checkout.set(fetch={"source": "s3://elsewhere/raw"})
+    with pytest.raises(UserError, match=r"s3://elsewhere/raw cannot be listed: .*NoSuchBucket"):
+        fetch.run(checkout.params())
+
+
+def test_the_sample_is_cut_without_loss(params: object, tmp_path: Path) -> None:
+    from world import ROOT
+
+    from pipelines import params as parameters
+
+    files = fetch.listing(parameters.load(ROOT / "params.yaml"))
+    lines = sum(file.read().count(b"\n") - 1 for file in files if file.name.startswith("flights/"))
+    assert lines == 336_776

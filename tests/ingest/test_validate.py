@@ -1,0 +1,101 @@
+"""validate: broken rows go to quarantine with their reasons, a broken table stops the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import Checkout
+
+from pipelines import tables
+from pipelines.errors import UserError
+from pipelines.ingest import fetch, load, validate
+
+
+@pytest.fixture
+def events(checkout: Checkout) -> Checkout:
+    """A checkout that is loaded."""
+    fetch.run(checkout.params())
+    load.run(checkout.params())
+    return checkout
+
+
+def _expect(checkout: Checkout, kind: str, **kwargs: Any) -> None:
+    path = checkout.folder / "expectations" / "flights.json"
+    suite = json.loads(path.read_text())
+    suite["expectations"].append({"type": kind, "kwargs": kwargs})
+    path.write_text(json.dumps(suite))
+
+
+def test_every_row_is_in_exactly_one_place(events: Checkout) -> None:
+    _expect(events, "expect_column_values_to_be_between", column="dep_delay", max_value=200)
+    events.set(validate={"max_quarantine": 0.2})
+    params = events.params()
+    validate.run(params)
+    accepted, broken = tables.read(validate.ACCEPTED), tables.read(validate.QUARANTINE)
+    late = [row for row in tables.read(load.EVENTS).to_pylist() if (row["dep_delay"] or 0) > 200]
+    reason = "dep_delay: column_values_to_be_between"
+    assert {row["scheduled_at"] for row in late} <= set(broken["scheduled_at"].to_pylist())
+    assert sum(reason in reasons for reasons in broken["reasons"].to_pylist()) == len(late) > 0
+    keys = [
+        tuple(row.values())
+        for table in (accepted, broken)
+        for row in table.select(params.dataset.key).to_pylist()
+    ]
+    assert len(keys) == len(set(keys)) == tables.count(load.EVENTS)
+    verdict = json.loads((validate.REPORT / "verdict.json").read_text())
+    assert verdict["accepted"] + verdict["quarantined"] == verdict["rows"] == len(keys)
+    assert (validate.REPORT / "data_docs" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "said"),
+    [
+        (
+            "expect_table_row_count_to_be_between",
+            {"min_value": 10**9},
+            "table_row_count_to_be_between",
+        ),
+        (
+            "expect_column_mean_to_be_between",
+            {"column": "distance", "max_value": 1},
+            "distance: column_mean",
+        ),
+        (
+            "expect_column_values_to_be_between",
+            {"column": "distance", "max_value": 1, "mostly": 0.9},
+            "distance",
+        ),
+        (
+            "expect_column_values_to_be_between",
+            {"column": "distance", "max_value": 500},
+            "max_quarantine",
+        ),
+    ],
+)
+def test_a_broken_table_stops_the_run(
+    events: Checkout, kind: str, kwargs: dict[str, Any], said: str
+) -> None:
+    _expect(events, kind, **kwargs)
+    with pytest.raises(UserError, match=said):
+        validate.run(events.params())
+    assert not validate.ACCEPTED.exists()
+    assert not validate.QUARANTINE.exists()
+
+
+def test_an_expectation_that_raised_is_a_fault(events: Checkout) -> None:
+    _expect(events, "expect_column_values_to_be_between", column="no_such_column", max_value=1)
+    with pytest.raises(RuntimeError, match=r"no_such_column: .* could not be computed"):
+        validate.run(events.params())
+    assert not validate.ACCEPTED.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"name": "flights", "expectations": [{"type": "expect_magic"}]}']
+)
+def test_a_suite_that_is_none_is_one_line(checkout: Checkout, text: str) -> None:
+    Path("expectations/flights.json").write_text(text)
+    fetch.run(checkout.params())
+    load.run(checkout.params())
+    with pytest.raises(UserError, match=r"expectations/flights\.json: "):
+        validate.run(checkout.params())

@@ -1,0 +1,68 @@
+"""params.yaml is checked at the door: one line names the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from world import ROOT
+
+from pipelines import params
+from pipelines.errors import UserError
+
+
+def test_the_repository_holds_valid_params() -> None:
+    assert params.load(ROOT / "params.yaml").dataset.name == "flights"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"speed": 1}, "speed: unknown key; allowed here: as_of, engine, fetch, validate"),
+        ({"fit": {"lr": 1}}, "fit.lr: unknown key; allowed here: model, seed"),
+        ({"as_of": None}, "as_of: expected a quoted ISO 8601 time"),
+        ({"as_of": "soon"}, "as_of: invalid isoformat string"),
+        ({"engine": "sparkle"}, "engine: string should match pattern"),
+        ({"fit": {"batch_size": "many"}}, "fit.batch_size: input should be a valid integer"),
+        ({"fit": {"batch_size": 0}}, "fit.batch_size: input should be greater than 0"),
+        ({"evaluate": {"min_auc": 2}}, "evaluate.min_auc: input should be less than or equal to 1"),
+        ({"dataset": {"tables": {"planes": {"columns": {"seats": "number"}}}}}, "'int', 'float'"),
+    ],
+)
+def test_a_wrong_key_is_one_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    path = _written(tmp_path, change)
+    with pytest.raises(UserError) as raised:
+        params.load(path)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["as_of", "fetch", "fit", "tracking"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    del values[key]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=f"{key}: missing key"):
+        params.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [\n", "\x00"])
+def test_what_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        params.load(path)
+
+
+def test_the_splits_follow_from_the_clock(params: params.Params) -> None:
+    assert (params.as_of - params.test_from).days == params.featurize.test_days
+    assert (params.test_from - params.val_from).days == params.featurize.val_days
+
+
+def _written(folder: Path, change: dict[str, object]) -> Path:
+    from world import merged
+
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(merged(values, change)))
+    return path

@@ -1,0 +1,132 @@
+"""The whole way on a small world: runs, the same lock twice, killed stages, a full disk."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from world import ROOT, Checkout
+
+pytestmark = pytest.mark.pipeline
+ORDER = ["ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
+         "train.fit", "train.evaluate", "train.package", "deploy.drift"]  # fmt: skip
+
+
+@pytest.fixture
+def small(checkout: Checkout) -> Checkout:
+    """A checkout in which training is short and the verdict lenient, under git and DVC."""
+    checkout.set(
+        fit={"max_epochs": 1, "batch_size": 512},
+        evaluate={"resamples": 10, "baseline_iterations": 5, "min_auc": 0.3},
+        drift={"max_auc_fall": 1.0, "max_log_loss_rise": 9.0},
+    )
+    shutil.copy(ROOT / ".gitignore", checkout.folder)
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *command], cwd=checkout.folder, check=True)
+    return checkout
+
+
+def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) -> None:
+    first = small.run("pipelines.run")
+    assert first.status == 0, first
+    for said in ("in quarantine", "gradient boosting", "calibration error", "drift ",
+                 "flights version 1", "peak MB", "index.html", "mlflow server"):  # fmt: skip
+        assert said in first.out
+    assert "Traceback" not in first.out + first.err
+    lock = (small.folder / "dvc.lock").read_bytes()
+
+    second = small.run("pipelines.run")
+    assert second.status == 0, second
+    assert "Nothing changed, nothing ran" in second.out
+    assert "flights version 1" in second.out
+    assert (small.folder / "dvc.lock").read_bytes() == lock
+
+    for folder in ("data", "models", "reports", ".state", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(small.folder / folder, ignore_errors=True)
+    (small.folder / "dvc.lock").unlink()
+    again = small.run("pipelines.run")
+    assert again.status == 0, again
+    assert (small.folder / "dvc.lock").read_bytes() == lock
+
+    path = small.source / "flights" / "2013-05.csv"
+    good = path.read_text()
+    path.write_text(good.replace(",", ";"))
+    broken = small.run("pipelines.run")
+    assert broken.status == 2, broken
+    assert "load: error: data/raw/flights/2013-05.csv: line 1 has no comma" in broken.err
+    path.write_text(good)
+    mended = small.run("pipelines.run")
+    assert mended.status == 0, mended
+    assert (small.folder / "dvc.lock").read_bytes() == lock
+
+
+def test_a_stage_killed_at_any_moment_leaves_nothing_half_written(small: Checkout) -> None:
+    """kill -9 while a stage writes; the stage, run again, goes on as if nothing had been."""
+    outs = {
+        "ingest.load": ["data/events"], "ingest.validate": ["data/accepted", "data/quarantine"],
+        "ingest.featurize": ["data/features"], "train.fit": ["models/fit"],
+        "train.evaluate": ["reports/evaluate/verdict.json"], "train.package": ["models/bundle"],
+        "deploy.drift": ["reports/drift/verdict.json"],
+    }  # fmt: skip
+    for name in ORDER:
+        process = small.start(f"pipelines.{name}")
+        _wait_until_writing(process, small.folder)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            for out in outs.get(name, []):
+                assert not (small.folder / out).exists(), f"{name} left {out}"
+        ended = small.run(f"pipelines.{name}")
+        assert ended.status == 0, ended
+        for out in outs.get(name, []):
+            assert (small.folder / out).exists()
+        assert not list(small.folder.rglob("*.partial")), name
+
+
+def _wait_until_writing(process: subprocess.Popen[str], folder: Path) -> None:
+    """Until a stage has something half-written on disk, or ended."""
+    while process.poll() is None:
+        if any((folder / part).exists() and any((folder / part).glob(".*.partial")) for part in
+               ("data", "models")) or any((folder / ".state" / "scratch").glob("*/*")):  # fmt: skip
+            time.sleep(0.3)
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Path:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield folder  # type: ignore[misc]
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written(
+    checkout: Checkout, full_disk: Path
+) -> None:
+    (checkout.folder / "data").symlink_to(full_disk)
+    ended = checkout.run("pipelines.ingest.fetch")
+    assert ended.status == 1, ended
+    assert "fetch: fault: no space left on the disk while writing data/raw/" in ended.err
+    assert "Traceback" not in ended.err
+    for path in (full_disk / "raw").rglob("*.csv"):
+        assert (
+            path.read_bytes()
+            == (checkout.source / path.relative_to(full_disk / "raw")).read_bytes()
+        )
+    (checkout.folder / "data").unlink()
+    assert checkout.run("pipelines.ingest.fetch").status == 0

@@ -1,0 +1,88 @@
+"""fit learns a known law, repeats byte for byte, and tells MLflow."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from world import Checkout
+
+from pipelines import stage, tracking
+from pipelines.errors import UserError
+from pipelines.train import data, fit, fitted, metrics, models
+from pipelines.train.models.inputs import POINTS, Inputs, NumberEncoder
+
+
+def test_fit_finds_the_law_and_repeats(features: Checkout) -> None:
+    params = features.params()
+    fit.run(params)
+    first = stage.digest(fitted.FOLDER)
+    model = fitted.load()
+    with stage.scratch("test") as scratch:
+        test = data.materialise(model.encoding, "test", scratch)
+        prediction = model.predict(test)
+    slack = -np.asarray(test.arrays[1][:, model.encoding.numbers.index("tail_slack")])
+    ceiling = metrics.point(test.labels, 1 / (1 + np.exp(-slack)))["auc"]
+    assert metrics.point(test.labels, prediction)["auc"] > ceiling - 0.03 > 0.8
+    fit.run(params)
+    assert stage.digest(fitted.FOLDER) == first
+
+    store, experiment = tracking.client(params)
+    runs = store.search_runs([experiment], f"tags.fit = '{first}'")
+    assert len(runs) == 2
+    run = runs[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["fit.batch_size"] == "256"
+    assert run.data.tags["features"] == stage.digest(data.FEATURES)
+    assert {"train_loss", "val_loss", "val_auc"} <= set(run.data.metrics)
+    assert "git_commit" in run.data.tags
+
+
+def test_weights_are_saved_without_pickle_and_come_back(features: Checkout) -> None:
+    fit.run(features.params())
+    assert sorted(path.name for path in fitted.FOLDER.iterdir()) == [
+        fitted.CURVES, fitted.DESCRIPTION, fitted.WEIGHTS,
+    ]  # fmt: skip
+    epochs = json.loads((fitted.FOLDER / fitted.CURVES).read_text())
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+
+
+def test_a_split_without_rows_is_one_line(features: Checkout) -> None:
+    table = pq.read_table("data/features/2013.parquet")
+    pq.write_table(
+        table.filter(np.array(table["split"].to_pylist()) != "val"), "data/features/2013.parquet"
+    )
+    with pytest.raises(UserError, match="no val row; check featurize"):
+        fit.run(features.params())
+    assert not fitted.FOLDER.exists()
+
+
+def test_a_batch_is_taken_at_once_from_mapped_memory(features: Checkout) -> None:
+    names = features.params().dataset.features
+    encoding = data.learn(names.categories, names.numbers)
+    with stage.scratch("test") as scratch:
+        rows = data.materialise(encoding, "train", scratch)
+        assert all(isinstance(array, np.memmap) for array in rows.arrays)
+        codes, numbers, labels = rows.__getitems__([5, 3, 5])
+        assert codes.shape == (3, len(names.categories))
+        assert numbers.shape == (3, len(names.numbers))
+        assert torch.equal(numbers[0], numbers[2]) or bool(torch.isnan(numbers[0]).any())
+        assert labels.tolist() == [rows.labels[5], rows.labels[3], rows.labels[5]]
+
+
+def test_a_rank_is_the_share_of_rows_below() -> None:
+    values = np.r_[np.zeros(500), np.linspace(1, 2, 500)].astype(np.float32)
+    statistics = np.r_[np.quantile(values, np.linspace(0, 1, POINTS)), values.mean(), 1.0, 0.0]
+    encoder = NumberEncoder(Inputs([], statistics[None].astype(np.float32)))
+    asked = torch.tensor([[-1.0], [0.0], [1.5], [3.0], [float("nan")]])
+    logit = encoder(asked)[:, 0]
+    assert logit[0] < logit[1] < logit[2] < logit[3]
+    rank = torch.sigmoid(logit * 1.8)
+    assert rank[1].item() == pytest.approx(0.25, abs=0.02)  # the middle of the half that is zero
+    assert rank[2].item() == pytest.approx(0.75, abs=0.02)
+    assert logit[4].item() == 0
+
+
+def test_the_table_of_models_names_the_default(features: Checkout) -> None:
+    assert features.params().fit.model in models.HEADS

@@ -1,0 +1,62 @@
+"""The figures are scikit-learn's, weights are repetitions, and the intervals hold the value."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+
+from pipelines.train import metrics
+
+ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 19)), min_size=4, max_size=60).filter(
+    lambda rows: 0 < sum(label for label, _ in rows) < len(rows)
+)
+
+
+@given(rows=ROWS)
+def test_figures_equal_scikit_learn(rows: list[tuple[int, int]]) -> None:
+    label = np.array([label for label, _ in rows])
+    probability = np.array([p / 20 for _, p in rows])
+    found = metrics.point(label, probability)
+    assert found["auc"] == pytest.approx(roc_auc_score(label, probability), abs=1e-5)
+    assert found["ap"] == pytest.approx(average_precision_score(label, probability), abs=1e-5)
+    assert found["log_loss"] == pytest.approx(log_loss(label, probability), abs=1e-5)
+    assert found["brier"] == pytest.approx(brier_score_loss(label, probability), abs=1e-5)
+
+
+@given(rows=ROWS, weights=st.data())
+@settings(max_examples=50)
+def test_a_weight_is_a_repetition(rows: list[tuple[int, int]], weights: st.DataObject) -> None:
+    times = weights.draw(
+        st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows)).filter(any)
+    )
+    label = np.array([label for label, _ in rows])
+    probability = np.array([p / 20 for _, p in rows])
+    weighted = metrics.measurer(label, probability)(np.array(times, float))
+    repeated = metrics.measurer(np.repeat(label, times), np.repeat(probability, times))
+    # The bins of the calibration error are cut on the rows as they are: the last figure may differ.
+    np.testing.assert_allclose(weighted[:4], repeated(np.ones(sum(times)))[:4], atol=1e-9)
+
+
+def test_intervals_hold_the_value_and_shrink_with_rows() -> None:
+    random = np.random.default_rng(0)
+    widths = []
+    for rows in (500, 20_000):
+        probability = random.random(rows)
+        label = (random.random(rows) < probability).astype(int)
+        found = metrics.with_intervals(label, probability, resamples=100, seed=1)
+        for name in ("auc", "ap", "log_loss", "brier"):
+            assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+        widths.append(found["auc"]["high"] - found["auc"]["low"])
+        assert found == metrics.with_intervals(label, probability, resamples=100, seed=1)
+    assert widths[1] < widths[0] / 3
+
+
+def test_a_calibrated_score_has_no_calibration_error_and_a_shifted_one_has_its_shift() -> None:
+    random = np.random.default_rng(0)
+    probability = random.uniform(0.2, 0.7, 200_000)
+    label = (random.random(200_000) < probability).astype(int)
+    assert metrics.point(label, probability)["calibration_error"] < 0.01
+    assert metrics.point(label, probability + 0.2)["calibration_error"] == pytest.approx(
+        0.2, abs=0.01
+    )

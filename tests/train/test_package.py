@@ -1,0 +1,99 @@
+"""The bundle answers like torch, from raw columns, and repeats byte for byte."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from world import Checkout
+
+from pipelines import bundle, stage
+from pipelines.train import evaluate, fit, fitted, package
+
+NUMBER = st.none() | st.floats(
+    width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6
+)
+TEXT = st.none() | st.sampled_from(["EWR", "JFK", "UA", "a", "b", "", "never seen"])
+
+
+@pytest.fixture
+def packaged(features: Checkout) -> Checkout:
+    """A checkout with a bundle."""
+    params = features.params()
+    fit.run(params)
+    evaluate.run(params)
+    package.run(params)
+    return features
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.data())
+def test_onnx_equals_torch_on_any_row(packaged: Checkout, rows: st.DataObject) -> None:
+    scorer, model = _loaded()
+    row = {
+        column["name"]: [rows.draw(TEXT if column["type"] == "string" else NUMBER)]
+        for column in scorer.contract["columns"]
+    }
+    table = pa.table(
+        {
+            c["name"]: pa.array(
+                row[c["name"]], pa.string() if c["type"] == "string" else pa.float32()
+            )
+            for c in scorer.contract["columns"]
+        }
+    )
+    codes = torch.from_numpy(model.encoding.codes(table))
+    numbers = torch.from_numpy(model.encoding.floats(table))
+    with torch.inference_mode():
+        expected = model.network(codes, numbers).numpy()
+    found = scorer.predict(table)
+    assert found.shape == (1,)
+    assert 0 <= found[0] <= 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+_cache: dict[str, tuple[bundle.Scorer, fitted.Fitted]] = {}
+
+
+def _loaded() -> tuple[bundle.Scorer, fitted.Fitted]:
+    key = stage.digest(bundle.FOLDER)
+    if key not in _cache:
+        _cache[key] = bundle.load(bundle.FOLDER), fitted.load()
+    return _cache[key]
+
+
+def test_the_bundle_repeats_and_names_its_contract(packaged: Checkout) -> None:
+    params = packaged.params()
+    digest = stage.digest(bundle.FOLDER)
+    package.run(params)
+    assert stage.digest(bundle.FOLDER) == digest
+    contract = json.loads((bundle.FOLDER / bundle.CONTRACT).read_text())
+    assert [column["name"] for column in contract["columns"]] == params.dataset.features.names
+    assert contract["as_of"] == "2013-06-01T00:00:00+00:00"
+    content = (bundle.FOLDER / bundle.MODEL).read_bytes()
+    assert str(packaged.folder).encode() not in content
+    assert b".py" not in content
+
+
+def test_the_reference_holds_what_drift_needs(packaged: Checkout) -> None:
+    reference = pq.read_table(bundle.FOLDER / bundle.REFERENCE)
+    assert {"label", "prediction"} <= set(reference.column_names)
+    scorer, _ = _loaded()
+    np.testing.assert_allclose(
+        scorer.predict(reference), reference["prediction"].to_numpy(), atol=1e-6
+    )
+
+
+def test_a_gap_between_onnx_and_torch_fails_the_stage(
+    packaged: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stage.digest(bundle.FOLDER)
+    right = fitted.Fitted.predict
+    monkeypatch.setattr(fitted.Fitted, "predict", lambda self, rows: right(self, rows) + 0.001)
+    with pytest.raises(RuntimeError, match=r"differ by 1\.\d+e-03 on a test row"):
+        package.run(packaged.params())
+    assert stage.digest(bundle.FOLDER) == before
