@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,20 +29,47 @@ def client(params: Params) -> tuple["MlflowClient", str]:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import mlflow
 
-    uri = params.tracking.uri
-    if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
+    _prepare(params.tracking.uri)
+    mlflow.set_tracking_uri(params.tracking.uri)
     store = mlflow.MlflowClient()
-    name = params.dataset.name
-    experiment = store.get_experiment_by_name(name)
-    if experiment is not None:
-        return store, str(experiment.experiment_id)
-    artifacts = Path(params.tracking.artifacts)
-    location = (
-        str(artifacts) if "://" in params.tracking.artifacts else artifacts.resolve().as_uri()
-    )
-    return store, str(store.create_experiment(name, artifact_location=location))
+    return store, _experiment(store, params.dataset.name, params.tracking.artifacts)
+
+
+def _prepare(uri: str) -> None:
+    """Make the database of a file store, whole or not at all, by one process at a time.
+
+    MLflow builds its tables in many steps: killed between two, or joined by another process, it
+    leaves a database that no later run can open.
+    """
+    import fcntl
+
+    import mlflow
+
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            partial = path.with_name(f".{path.name}.partial")
+            partial.unlink(missing_ok=True)
+            mlflow.MlflowClient(tracking_uri=f"{SQLITE}{partial}").search_experiments()
+            partial.rename(path)
+
+
+def _experiment(store: "MlflowClient", name: str, artifacts: str) -> str:
+    """The id of the experiment, which two processes may want to make at once."""
+    from mlflow.exceptions import MlflowException
+
+    location = artifacts if "://" in artifacts else Path(artifacts).resolve().as_uri()
+    for _ in range(2):
+        found = store.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        with suppress(MlflowException):
+            return str(store.create_experiment(name, artifact_location=location))
+    raise RuntimeError(f"experiment {name} can neither be found nor made at {store.tracking_uri}")
 
 
 def exists(params: Params) -> bool:

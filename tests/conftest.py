@@ -58,7 +58,10 @@ def checkout(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> C
         target.parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, target)
+    # MLflow remembers a store by its URI: each checkout needs one of its own.
+    tracking = {"uri": f"sqlite:///{made.folder}/.state/mlflow/mlflow.db"}
     made.set(
+        tracking=tracking,
         as_of="2013-06-01",
         fetch={"source": str(made.source)},
         fit={"max_epochs": 2, "hidden": [32]},

@@ -155,7 +155,10 @@ def _check_month(path: Path, rows: pa.Table, batch: Sequence[str] | None) -> Non
     wrong = pc.indices_nonzero(pc.invert(pc.fill_null(right, False)))
     if len(wrong):
         at = wrong[0].as_py()
-        found = f"{rows[batch[0]][at]}-{rows[batch[1]][at]}"
+        values = [rows[column][at].as_py() for column in batch]
+        if None in values:
+            raise UserError(f"{path}: line {at + 2} has no {' and '.join(batch)}; is it empty?")
+        found = "-".join(str(value) for value in values)
         raise UserError(f"{path}: line {at + 2} is of month {found}; expected {path.stem}")
 
 

@@ -93,10 +93,16 @@ def test_a_column_the_sql_does_not_give_is_named(checkout: Checkout) -> None:
 @pytest.mark.jvm
 @pytest.mark.skipif(not JAVA, reason="the JVM engine needs Java")
 def test_the_same_bytes_on_the_jvm_engine(checkout: Checkout) -> None:
+    """Stages as processes: a process holds one engine."""
     checkout.set(as_of="2013-03-01", featurize={"test_days": 5, "val_days": 5})
+    fetch.run(checkout.params())
 
     def made() -> dict[str, bytes]:
-        _featurized(checkout, _loaded(checkout))
+        for folder in ("data/events", "data/accepted", "data/features"):
+            shutil.rmtree(folder, ignore_errors=True)
+        assert checkout.run("pipelines.ingest.load").status == 0
+        shutil.copytree(load.EVENTS, "data/accepted")
+        assert checkout.run("pipelines.ingest.featurize").status == 0
         folders = (load.EVENTS, featurize.FEATURES)
         return {str(p): p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
 

@@ -48,8 +48,8 @@ def _cell(column: int, value: str) -> Callable[[str], str]:
         ),
         (lambda t: t.split("\n")[0] + "\n", "no rows; expected at least one"),
         (lambda t: "", "cannot be read: it is empty"),
-        (_cell(11, '"N1'), "a quote is not closed"),
-        (lambda t: t.replace("\n", "\n\n", 3), "expected 19 columns, got 1"),
+        (_cell(11, '"N1'), "line 4: expected 19 columns, got 12"),
+        (lambda t: t.replace("\n", "\n\n", 3), "line 2 has no year and month; is it empty?"),
     ],
 )
 def test_a_broken_file_is_one_line_and_no_output(
@@ -64,6 +64,16 @@ def test_a_broken_file_is_one_line_and_no_output(
     assert f"data/raw/{MAY}" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not load.EVENTS.exists()
+
+
+def test_a_quote_that_swallows_rows_is_one_line(checkout: Checkout) -> None:
+    path = checkout.source / "airlines.csv"
+    path.write_text(path.read_text().replace("American", '"American'))
+    fetch.run(checkout.params())
+    with pytest.raises(
+        UserError, match=r"airlines\.csv: 17 lines hold 2 rows; a quote is not closed"
+    ):
+        load.run(checkout.params())
 
 
 def test_text_that_is_no_utf8_is_one_line(checkout: Checkout) -> None:

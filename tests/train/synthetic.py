@@ -21,7 +21,8 @@ def make_features(checkout: Checkout, leak: str | None = None, late: bool = Fals
     at = [begin + step * row for row in range(ROWS)]
     slack = random.normal(size=ROWS)
     origin = random.choice(["EWR", "JFK", "LGA"], ROWS)
-    odds = -1 - 2 * slack + (origin == "EWR")
+    minute = random.normal(size=ROWS)
+    odds = -1 - slack + minute + (origin == "EWR")
     label = (random.random(ROWS) < 1 / (1 + np.exp(-odds))).astype(np.int64)
     columns: dict[str, object] = {
         "scheduled_at": at,
@@ -44,6 +45,7 @@ def make_features(checkout: Checkout, leak: str | None = None, late: bool = Fals
         values[random.random(ROWS) < 0.05] = np.nan
         columns[name] = pa.array(values, from_pandas=True)
     columns["tail_slack"] = pa.array(slack.astype(np.float32))
+    columns["departure_minute"] = pa.array(minute.astype(np.float32))
     if leak is not None:
         columns[leak] = pa.array((label + 0.1 * random.normal(size=ROWS)).astype(np.float32))
     tables.write(pa.table(columns), Path("data/features/2013.parquet"))
