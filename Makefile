@@ -1,7 +1,7 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check bench constraints clean
-SHELL := /bin/bash
+SHELL := /bin/bash -o pipefail
 
 VENV := .venv
 READY := $(VENV)/.ready

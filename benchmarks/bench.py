@@ -1,4 +1,4 @@
-"""bench: what the README and the issues of speed and quality claim, measured again.
+"""bench: speed, repeatability and quality, measured again.
 
 Clones HEAD twice, runs everything stale in both, compares their locks, runs once more with
 nothing changed, then fits and evaluates the public split (train before October 2013, test

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import stage
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -46,6 +47,8 @@ def load(folder: Path) -> Scorer:
     import onnxruntime
 
     contract = stage.read_json(folder / CONTRACT)
+    if not (folder / MODEL).is_file():
+        raise UserError(f"{folder / MODEL} is missing; run dvc repro package")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(

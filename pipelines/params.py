@@ -4,9 +4,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from zoneinfo import available_timezones
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipelines.errors import UserError
 
@@ -89,6 +99,26 @@ class Dataset(_Block):
     canary: list[str]
     slices: list[str]
     behaviour: Behaviour
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, zone: str) -> str:
+        if zone not in available_timezones():
+            raise ValueError("expected an IANA time zone such as America/New_York")
+        return zone
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "Dataset":
+        checked = self.behaviour
+        named = [name for added in checked.raises.values() for name in added]
+        named += [name for columns in checked.missing.values() for name in columns]
+        for name in named:
+            if name not in self.features.numbers:
+                raise ValueError(f"behaviour names {name}, which is no number of features")
+        for group in self.canary:
+            if group not in self.features.root:
+                raise ValueError(f"canary names {group}, which is no group of features")
+        return self
 
 
 class Fetch(_Block):
@@ -211,7 +241,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}: missing key; it is required"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+    got = "" if isinstance(first["input"], dict) else f"; got {first['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{got}"
 
 
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:

@@ -44,21 +44,23 @@ def main() -> int:
     started = time.time()
     try:
         params = parameters.load()
-        if fetch.RAW.is_dir() and fetch.changed(params):
-            stage.say("run", f"{params.fetch.source} changed since it was fetched")
+        # The sample changes with its package only.
+        asked = params.fetch.source != "sample" and fetch.RAW.is_dir()
+        if asked and fetch.changed(params):
+            stage.say("run", f"{params.fetch.source} differs from what was fetched")
             _dvc("--force", "--single-item", "fetch")
         _dvc()
         digest = stage.digest(bundle.FOLDER)
         entry = register.record(params, digest)
         if not (tracking.exists(params) and entry.is_file()):
             _call([sys.executable, "-m", "pipelines.deploy.register"])
+        print(screen(params, started, stage.read_json(entry)))
     except UserError as error:
         print(f"run: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError:
         failed = [name for name, use in usage(started).items() if use["status"] != 0]
         return max((usage(started)[name]["status"] for name in failed), default=1)
-    print(screen(params, started, stage.read_json(entry)))
     return 0
 
 

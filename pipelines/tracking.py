@@ -1,6 +1,8 @@
 """MLflow: where runs and versions are kept, and which commit a run belongs to."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.params import Params
+from pipelines.stage import STATE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +38,11 @@ def client(params: Params) -> tuple["MlflowClient", str]:
     return store, _experiment(store, params.dataset.name, params.tracking.artifacts)
 
 
+def ledger(uri: str) -> Path:
+    """The folder of ledger lines for the store at `uri`."""
+    return STATE / "ledger" / hashlib.sha256(uri.encode()).hexdigest()[:12]
+
+
 def _prepare(uri: str) -> None:
     """Make the database of a file store, whole or not at all, by one process at a time.
 
@@ -54,6 +62,8 @@ def _prepare(uri: str) -> None:
         if not path.is_file():
             partial = path.with_name(f".{path.name}.partial")
             partial.unlink(missing_ok=True)
+            # A new database knows nothing of what was told to the one before it.
+            shutil.rmtree(ledger(uri), ignore_errors=True)
             mlflow.MlflowClient(tracking_uri=f"{SQLITE}{partial}").search_experiments()
             partial.rename(path)
 

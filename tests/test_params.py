@@ -24,6 +24,8 @@ def test_the_repository_holds_valid_params() -> None:
         ({"engine": "sparkle"}, "engine: string should match pattern"),
         ({"fit": {"batch_size": "many"}}, "fit.batch_size: input should be a valid integer"),
         ({"fit": {"batch_size": 0}}, "fit.batch_size: input should be greater than 0"),
+        ({"dataset": {"timezone": "Mars"}}, "dataset.timezone: expected an IANA time zone"),
+        ({"dataset": {"canary": ["moon"]}}, "dataset: canary names moon, which is no group"),
         ({"evaluate": {"min_auc": 2}}, "evaluate.min_auc: input should be less than or equal to 1"),
         ({"dataset": {"tables": {"planes": {"columns": {"seats": "number"}}}}}, "'int', 'float'"),
     ],

@@ -6,7 +6,6 @@ out:  a version of the model <dataset.name> with the bundle's hash as a tag; the
 run:  python -m pipelines.deploy.register
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +43,7 @@ def record(params: Params, digest: str) -> Path:
     """The ledger line of one registration at one tracking store, so that asking again costs no
     import.
     """
-    place = hashlib.sha256(params.tracking.uri.encode()).hexdigest()[:12]
-    return stage.STATE / "ledger" / place / f"{digest}.json"
+    return tracking.ledger(params.tracking.uri) / f"{digest}.json"
 
 
 def find(store: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
@@ -64,7 +62,7 @@ def create(
 
     run_id = _run_of(store, experiment)
     with mlflow.start_run(run_id=run_id):
-        mlflow.log_metrics({f"test.{k}": v["value"] for k, v in contract["metrics"].items()})
+        mlflow.log_metrics({f"test.{name}": value for name, value in contract["metrics"].items()})
         info = mlflow.onnx.log_model(
             onnx.load(bundle.FOLDER / bundle.MODEL),
             name="bundle",

@@ -190,16 +190,18 @@ def _failed(result: "ExpectationSuiteValidationResult") -> list[str]:
 
 def _divide(reasons: dict[tuple[Any, ...], list[str]], key: list[str]) -> None:
     """Write every event to exactly one of accepted and quarantine, order kept."""
+    apart = 0
     with stage.fresh(ACCEPTED) as accepted, stage.fresh(QUARANTINE) as quarantine:
         for file, month in zip(tables.months(EVENTS), tables.read_months(EVENTS), strict=True):
             why = [None] * month.num_rows if not reasons else _reasons(month, reasons, key)
             column = pa.array(why, pa.list_(pa.string()))
             good = pc.is_null(column)
+            apart += month.num_rows - pc.sum(good).as_py()
             tables.write(month.filter(good), accepted / file.name)
-            tables.write(
-                month.append_column("reasons", column).filter(pc.invert(good)),
-                quarantine / file.name,
-            )
+            broken = month.append_column("reasons", column).filter(pc.invert(good))
+            tables.write(broken, quarantine / file.name)
+        if apart != len(reasons):
+            raise RuntimeError(f"{len(reasons)} rows are broken, but {apart} were found by key")
 
 
 def _reasons(

@@ -95,7 +95,8 @@ def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> 
         "output": {"name": "probability", "type": "float32"},
         "label": "label",
         "threshold": params.package.threshold,
-        "metrics": evaluation["metrics"],
+        # Values without intervals: how often the bootstrap drew must not name another bundle.
+        "metrics": {name: figure["value"] for name, figure in evaluation["metrics"].items()},
         "passed": evaluation["passed"],
         "data": {"features": stage.digest(data.FEATURES), "fit": stage.digest(fitted.FOLDER)},
         "params": {"fit": params.fit.model_dump(), "featurize": params.featurize.model_dump()},

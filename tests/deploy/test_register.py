@@ -32,9 +32,8 @@ def make_bundle(shift: float = 0.0, passed: bool = True) -> str:
     bundle.FOLDER.mkdir(parents=True, exist_ok=True)
     model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
     onnx.save(model, bundle.FOLDER / bundle.MODEL)
-    figure = {"value": 0.7, "low": 0.6, "high": 0.8}
     contract = {
-        "as_of": "2013-06-01", "passed": passed, "metrics": {"auc": figure},
+        "as_of": "2013-06-01", "passed": passed, "metrics": {"auc": 0.7},
         "columns": [{"name": "x", "type": "float32"}],
     }  # fmt: skip
     stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)

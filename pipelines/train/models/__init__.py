@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from pipelines.errors import UserError
 from pipelines.params import Fit
 from pipelines.train.models import mlp
 from pipelines.train.models.inputs import Inputs, Network, NumberEncoder
@@ -14,5 +15,7 @@ HEADS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {"mlp": mlp.build}
 
 
 def build(inputs: Inputs, fit: Fit) -> Network:
-    """The network `fit.model` names, with fresh weights."""
+    """The network `fit.model` names, with fresh weights. Raises UserError for an unknown name."""
+    if fit.model not in HEADS:
+        raise UserError(f"fit.model: {fit.model} is no model; expected one of {', '.join(HEADS)}")
     return Network(NumberEncoder(inputs), HEADS[fit.model](inputs, fit))
