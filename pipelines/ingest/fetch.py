@@ -234,8 +234,9 @@ def _write_whole(target: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(target)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
+        error.filename = str(target)  # a failed write does not name its file
         raise
 
 
