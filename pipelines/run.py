@@ -59,8 +59,8 @@ def main() -> int:
         print(f"run: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError:
-        failed = [name for name, use in usage(started).items() if use["status"] != 0]
-        return max((usage(started)[name]["status"] for name in failed), default=1)
+        # A stage that was killed, or never started, left no status: that is a fault.
+        return max((use["status"] for use in usage(started).values()), default=0) or 1
     return 0
 
 
@@ -78,7 +78,7 @@ def _call(command: list[str]) -> None:
     subprocess.run(command, check=True, env=env)
 
 
-def usage(since: float = 0.0) -> dict[str, dict[str, Any]]:
+def usage(since: float) -> dict[str, dict[str, Any]]:
     """What each stage last took, for those that ended after `since`."""
     files = {name: stage.STATE / "usage" / f"{name}.json" for name in STAGES}
     return {

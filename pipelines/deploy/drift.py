@@ -84,16 +84,13 @@ def measure(report: "Snapshot", reference: pa.Table, window: pa.Table) -> dict[s
     """The numbers a verdict is made of, rounded to digits that repeat."""
     from sklearn.metrics import log_loss, roc_auc_score
 
-    scores = {
-        metric["config"]["column"]: round(float(metric["value"]), 4)
+    moves = [
+        metric
         for metric in report.dict()["metrics"]
         if metric["config"]["type"].endswith(":ValueDrift")
-    }
-    thresholds = {
-        metric["config"]["column"]: metric["config"]["threshold"]
-        for metric in report.dict()["metrics"]
-        if metric["config"]["type"].endswith(":ValueDrift")
-    }
+    ]
+    scores = {move["config"]["column"]: round(float(move["value"]), 4) for move in moves}
+    thresholds = {move["config"]["column"]: move["config"]["threshold"] for move in moves}
     measured: dict[str, Any] = {"rows": {}, "auc": {}, "log_loss": {}, "label_rate": {}}
     for name, table in (("reference", reference), ("window", window)):
         label: npt.NDArray[np.int64] = table["label"].to_numpy()
