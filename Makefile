@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench constraints clean
+.PHONY: help setup run airflow manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -26,6 +26,12 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY) ## take the flights from raw files to a registered, watched bundle
 	@python -m pipelines.run
 
+airflow: $(READY) ## start Airflow on this checkout, and MLflow; Ctrl-C stops both
+	@python -m pipelines.orchestrate.local
+
+manifest: $(READY) ## write dags/manifest.json from dvc.yaml and params.yaml
+	@python -m pipelines.orchestrate.graph
+
 test: $(READY) ## run the tests that need no network and no Java; with Java, those too
 	@pytest
 
@@ -34,6 +40,7 @@ check: $(READY) ## format, lint, types, import rules: reads only
 	ruff check .
 	mypy
 	lint-imports
+	@python -m pipelines.orchestrate.graph --check
 
 bench: $(READY) ## measure speed, quality over seeds, and the same lock from two clones
 	@python benchmarks/bench.py

@@ -18,6 +18,8 @@ FOLDER = Path("models/bundle")
 MODEL = "model.onnx"
 CONTRACT = "bundle.json"
 REFERENCE = "reference.parquet"
+# The column of its answer, in the reference and in every scored table.
+PREDICTION = "prediction"
 BATCH = 2048
 
 

@@ -174,8 +174,11 @@ class Package(_Block):
     threshold: Share
 
 
-class Drift(_Block):
+class Score(_Block):
     window_days: Positive
+
+
+class Drift(_Block):
     max_auc_fall: Share
     max_log_loss_rise: Annotated[float, Field(ge=0)]
     max_prediction_drift: Annotated[float, Field(ge=0)]
@@ -185,6 +188,49 @@ class Drift(_Block):
 class Tracking(_Block):
     uri: str
     artifacts: str
+
+
+class Task(_Block):
+    """What an Airflow task gets. The last three bind a pod; a process takes what the worker has."""
+
+    owner: str
+    retries: Annotated[int, Field(ge=0)]
+    retry_delay_seconds: Positive
+    timeout_minutes: Positive
+    pool: str
+    cpu: Annotated[float, Field(gt=0)]
+    memory_gib: Annotated[float, Field(gt=0)]
+    gpu: Annotated[int, Field(ge=0)]
+
+
+class Orchestrate(_Block):
+    """How Airflow runs the graph. No stage reads it: it changes no byte of an output."""
+
+    keep: Positive
+    execute: Literal["process", "pod"]
+    image: str
+    record: Literal["branch", "object"]
+    pools: dict[str, Positive]
+    default: Task
+    tasks: dict[str, Task]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """A task states what differs from `default`."""
+        if not isinstance(values, dict) or not isinstance(values.get("default"), dict):
+            return values
+        tasks = values.get("tasks")
+        if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
+            return values
+        return values | {"tasks": {name: values["default"] | one for name, one in tasks.items()}}
+
+    @model_validator(mode="after")
+    def _known_pools(self) -> "Orchestrate":
+        for name, task in {"default": self.default, **self.tasks}.items():
+            if task.pool != "default_pool" and task.pool not in self.pools:
+                raise ValueError(f"{name} names the pool {task.pool}, which is not in pools")
+        return self
 
 
 class Params(_Block):
@@ -197,13 +243,15 @@ class Params(_Block):
     fit: Fit
     evaluate: Evaluate
     package: Package
+    score: Score
     drift: Drift
     tracking: Tracking
+    orchestrate: Orchestrate
 
     @property
     def window_from(self) -> datetime:
         """The first moment of the newest window."""
-        return self.as_of - timedelta(days=self.drift.window_days)
+        return self.as_of - timedelta(days=self.score.window_days)
 
     @property
     def test_from(self) -> datetime:

@@ -28,6 +28,7 @@ STAGES = (
     "fit",
     "evaluate",
     "package",
+    "score",
     "drift",
     "register",
 )

@@ -121,10 +121,16 @@ def tag(logger: "MLFlowLogger", tags: dict[str, str]) -> None:
 
 
 def git_commit() -> str:
-    """The commit of the working tree, with `-dirty` where tracked files differ, or `unknown`."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the working tree, with `-dirty` where tracked files differ, or `unknown`.
+
+    dvc.lock does not count: it changes with every stage, and says what came out, not what went in.
+    """
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit, dirty = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["git", "rev-parse", "HEAD"], changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return f"{commit}-dirty" if dirty else commit

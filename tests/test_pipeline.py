@@ -11,7 +11,8 @@ from world import ROOT, Checkout
 
 pytestmark = pytest.mark.pipeline
 ORDER = ["ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
-         "train.fit", "train.evaluate", "train.package", "deploy.drift"]  # fmt: skip
+         "train.fit", "train.evaluate", "train.package",
+         "deploy.score", "deploy.drift"]  # fmt: skip
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_stage_killed_at_any_moment_leaves_nothing_half_written(small: Checkou
         "ingest.load": ["data/events"], "ingest.validate": ["data/accepted", "data/quarantine"],
         "ingest.featurize": ["data/features"], "train.fit": ["models/fit"],
         "train.evaluate": ["reports/evaluate/verdict.json"], "train.package": ["models/bundle"],
-        "deploy.drift": ["reports/drift/verdict.json"],
+        "deploy.score": ["data/predictions"], "deploy.drift": ["reports/drift/verdict.json"],
     }  # fmt: skip
     for name in ORDER:
         process = small.start(f"pipelines.{name}")

@@ -1,12 +1,12 @@
 """drift: has the world moved away from what the bundle knows?
 
-in:   models/bundle/ (model.onnx, reference.parquet), data/features/
+in:   models/bundle/ (bundle.json, reference.parquet), data/predictions/
 out:  reports/drift/verdict.json
 page: reports/drift/report.html (Evidently; for eyes, not tracked)
 run:  dvc repro drift
 
-Compares the newest drift.window_days before as_of with the bundle's reference: validation rows,
-which the model was tuned on and never fitted to. Performance, predictions and labels decide.
+Compares the newest rows that were scored with the bundle's reference: validation rows, which the
+model was tuned on and never fitted to. Performance, predictions and labels decide.
 Features are counted, but decide nothing: weather moves with every season.
 """
 
@@ -16,47 +16,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
-from pipelines.errors import UserError
 from pipelines.params import Drift, Params
 
 if TYPE_CHECKING:
     from evidently.core.report import Snapshot
 
-FEATURES = Path("data/features")
+PREDICTIONS = Path("data/predictions")
 REPORT = Path("reports/drift")
-PREDICTION = "prediction"
 
 
 def run(params: Params) -> None:
-    scorer = bundle.load(bundle.FOLDER)
+    contract = stage.read_json(bundle.FOLDER / bundle.CONTRACT)
     reference = pq.read_table(bundle.FOLDER / bundle.REFERENCE)
-    window = newest(params, scorer.contract["columns"])
-    window = window.append_column(PREDICTION, pa.array(scorer.predict(window)))
+    window = tables.read(PREDICTIONS)
     stage.say(
         "drift",
         f"{reference.num_rows:,} reference rows against {window.num_rows:,} of the newest window",
     )
-    report = compare(reference, window, scorer.contract)
+    report = compare(reference, window, contract)
     measured = measure(report, reference, window)
     outcome = judge(measured, params.drift)
     REPORT.mkdir(parents=True, exist_ok=True)
     report.save_html(str(REPORT / "report.html"))
     stage.write_json(REPORT / "verdict.json", outcome)
     stage.say("drift", "; ".join(outcome["reasons"]) or "no drift")
-
-
-def newest(params: Params, columns: list[dict[str, str]]) -> pa.Table:
-    """The rows of the last window_days before as_of: feature columns and label."""
-    time = params.dataset.time
-    table = tables.read(FEATURES, [time, "label", *(column["name"] for column in columns)])
-    window = table.filter(pc.greater_equal(table[time], pa.scalar(params.window_from)))
-    if window.num_rows == 0:
-        raise UserError(f"{FEATURES}: no row in the {params.drift.window_days} days before as_of")
-    return window
 
 
 def compare(reference: pa.Table, window: pa.Table, contract: dict[str, Any]) -> "Snapshot":
@@ -71,7 +57,9 @@ def compare(reference: pa.Table, window: pa.Table, contract: dict[str, Any]) -> 
     from evidently.presets import DataDriftPreset
 
     categories = [c["name"] for c in contract["columns"] if c["type"] == "string"]
-    numbers = [c["name"] for c in contract["columns"] if c["type"] != "string"] + [PREDICTION]
+    numbers = [c["name"] for c in contract["columns"] if c["type"] != "string"] + [
+        bundle.PREDICTION
+    ]
     definition = DataDefinition(categorical_columns=categories, numerical_columns=numbers)
     frames = (table.select(categories + numbers).to_pandas() for table in (window, reference))
     current, base = (Dataset.from_pandas(frame, definition) for frame in frames)
@@ -94,13 +82,13 @@ def measure(report: "Snapshot", reference: pa.Table, window: pa.Table) -> dict[s
     measured: dict[str, Any] = {"rows": {}, "auc": {}, "log_loss": {}, "label_rate": {}}
     for name, table in (("reference", reference), ("window", window)):
         label: npt.NDArray[np.int64] = table["label"].to_numpy()
-        prediction = table[PREDICTION].to_numpy()
+        prediction = table[bundle.PREDICTION].to_numpy()
         measured["rows"][name] = table.num_rows
         measured["label_rate"][name] = round(float(label.mean()), 4)
         both = 0 < label.sum() < len(label)
         measured["auc"][name] = round(float(roc_auc_score(label, prediction)), 4) if both else None
         measured["log_loss"][name] = round(float(log_loss(label, prediction, labels=[0, 1])), 4)
-    prediction_drift = scores.pop(PREDICTION)
+    prediction_drift = scores.pop(bundle.PREDICTION)
     features = {name: score for name, score in scores.items() if score > thresholds[name]}
     return measured | {"prediction_drift": prediction_drift, "drifted_features": features}
 

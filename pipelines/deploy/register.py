@@ -2,10 +2,11 @@
 
 in:   models/bundle/, reports/
 out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first that passed
-      its evaluation becomes champion, any other challenger
+      its evaluation becomes champion, any other challenger; reports/register/record.json
 run:  python -m pipelines.deploy.register
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 FIT = Path("models/fit")
+RECORD = Path("reports/register/record.json")
 
 
 def run(params: Params) -> None:
@@ -29,9 +31,11 @@ def run(params: Params) -> None:
     new = version is None
     if version is None:
         version = create(store, experiment, name, digest, contract)
+    drop_younger(store, name, digest, version)
     aliases = settle(store, name, version, passed=contract["passed"])
     entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}
-    stage.write_json(record(params, digest), entry)
+    for place in (RECORD, record(params, digest)):
+        stage.write_json(place, entry)
     state = "new" if new else "already there"
     stage.say(
         "register",
@@ -86,12 +90,17 @@ def create(
     made = store.create_model_version(
         name, source=info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
     )
-    # Two registrations at once both got here: the older version stays.
-    oldest = find(store, name, digest)
-    if oldest is not None and oldest.version != made.version:
-        store.delete_model_version(name, made.version)
-        return oldest
-    return made
+    return find(store, name, digest) or made
+
+
+def drop_younger(store: "MlflowClient", name: str, digest: str, kept: "ModelVersion") -> None:
+    """Delete what two registrations at once, or one killed between, made beside the oldest."""
+    from mlflow.exceptions import MlflowException
+
+    for version in store.search_model_versions(f"name = '{name}' and tags.bundle = '{digest}'"):
+        if version.version != kept.version:
+            with suppress(MlflowException):  # the other deleted its own
+                store.delete_model_version(name, version.version)
 
 
 def _run_of(store: "MlflowClient", experiment: str) -> str:

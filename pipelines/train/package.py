@@ -77,7 +77,7 @@ def reference(scorer: bundle.Scorer, encoding: Encoding, rows: int) -> pa.Table:
     val = split(encoding, "val")
     step = max(1, -(-val.num_rows // rows))
     kept = val.take(pa.array(range(0, val.num_rows, step)))
-    return kept.append_column("prediction", pa.array(scorer.predict(kept)))
+    return kept.append_column(bundle.PREDICTION, pa.array(scorer.predict(kept)))
 
 
 def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""One graph: dvc.yaml as Airflow tasks, each in a workspace of its own."""

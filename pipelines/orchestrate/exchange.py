@@ -1,0 +1,149 @@
+"""The exchange: where the tasks of a run meet. Small JSON objects beside the data, in a folder or a
+bucket.
+
+Every write is whole or absent, and `put_new` has one winner: on these two everything else rests.
+
+    runs/<run>/run.json            what the run is: commit, overrides, reason
+    runs/<run>/<task>.json         what a task made: the stage's entry in dvc.lock
+    runs/<run>/dvc.lock            all of them in one, once the run is whole
+    made/<stage>/<key>.json        who computed these inputs before, whatever the run
+    leases/<name>/<generation>.json  who computes now
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+Record = dict[str, Any]
+
+
+class Exchange(Protocol):
+    """Names are relative paths with `/`."""
+
+    def get(self, name: str) -> Record | None:
+        """The object, or None where there is none."""
+
+    def put(self, name: str, value: Record) -> None:
+        """Write, over what was there."""
+
+    def put_new(self, name: str, value: Record) -> bool:
+        """Write where nothing was; False, and nothing changed, where something was."""
+
+    def names(self, prefix: str) -> list[str]:
+        """The sorted names below the folder `prefix`."""
+
+
+def _bytes(value: Record) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class Folder:
+    """An exchange in a folder: one machine, or a file system that workers share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, name: str) -> Record | None:
+        try:
+            return dict(json.loads((self.path / name).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def put(self, name: str, value: Record) -> None:
+        self._beside(name, value).replace(self.path / name)
+
+    def put_new(self, name: str, value: Record) -> bool:
+        beside = self._beside(name, value)
+        try:
+            # A link to a name that is taken fails; a rename would win over it.
+            os.link(beside, self.path / name)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink()
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        found = (self.path / prefix).rglob("*.json")
+        return sorted(
+            file.relative_to(self.path).as_posix()
+            for file in found
+            if not file.name.startswith(".")
+        )
+
+    def _beside(self, name: str, value: Record) -> Path:
+        """The object on the disk, under a name of its own in the same folder."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        with beside.open("wb") as file:
+            file.write(_bytes(value))
+            file.flush()
+            os.fsync(file.fileno())
+        return beside
+
+
+class Bucket:
+    """An exchange in S3 or what speaks its language. Credentials come from the usual AWS chain.
+
+    `put_new` is S3's conditional write (If-None-Match).
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint: str | None) -> None:
+        import boto3
+        from botocore.config import Config
+
+        config = Config(retries={"max_attempts": 8, "mode": "standard"})
+        self.client = boto3.client("s3", endpoint_url=endpoint, config=config)
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+
+    def get(self, name: str) -> Record | None:
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(name))
+        except self.client.exceptions.NoSuchKey:
+            return None
+        return dict(json.loads(answer["Body"].read()))
+
+    def put(self, name: str, value: Record) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=_bytes(value))
+
+    def put_new(self, name: str, value: Record) -> bool:
+        from botocore.exceptions import ClientError
+
+        body = _bytes(value)
+        try:
+            self.client.put_object(
+                Bucket=self.bucket, Key=self._key(name), Body=body, IfNoneMatch="*"
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "PreconditionFailed":
+                raise
+            # A retry after a lost answer meets its own object: that one is ours.
+            return bool(self.get(name) == json.loads(body))
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self._key(prefix.rstrip("/") + "/")
+        )
+        skipped = len(self._key(""))
+        return sorted(
+            item["Key"][skipped:]
+            for page in pages
+            for item in page.get("Contents", [])
+            if item["Key"].endswith(".json")
+        )
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}".lstrip("/")
+
+
+def at(url: str, endpoint: str | None = None) -> Exchange:
+    """The exchange beside the DVC remote at `url`: a folder, or s3://bucket/prefix."""
+    parts = urlparse(url)
+    if parts.scheme == "s3":
+        return Bucket(parts.netloc, f"{parts.path}/orchestrate", endpoint)
+    return Folder(Path(url) / "orchestrate")

@@ -1,0 +1,100 @@
+"""graph: dvc.yaml as a small manifest that Airflow reads without DVC.
+
+in:   dvc.yaml, params.yaml
+out:  dags/manifest.json: each stage with its parents, inputs and outs; the tasks' settings
+run:  make manifest
+
+DVC itself resolves the file: `foreach`, `matrix` and `${...}` mean what they mean to `dvc repro`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import params as parameters
+from pipelines import stage
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+MANIFEST = Path("dags/manifest.json")
+
+
+def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
+    """Every stage of the graph, in an order in which it can run.
+
+    parents: the stages whose outs it reads; inputs: those of their outs; outs: what it writes;
+    metrics: which of the outs are small JSON files.
+    """
+    import networkx as nx
+
+    graph = repo.index.graph  # edges lead from a stage to those it depends on
+    order = nx.lexicographical_topological_sort(graph.reverse(), key=lambda one: one.addressing)
+    return {
+        one.addressing: {
+            "parents": sorted(parent.addressing for parent in graph.successors(one)),
+            "inputs": sorted(
+                out.def_path
+                for parent in graph.successors(one)
+                for out in parent.outs
+                if any(_overlap(out.fs_path, dep.fs_path) for dep in one.deps)
+            ),
+            "outs": sorted(out.def_path for out in one.outs),
+            "metrics": sorted(out.def_path for out in one.outs if out.is_metric),
+        }
+        for one in order
+    }
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two paths are the same, or one lies in the other."""
+    parts = Path(one).parts, Path(other).parts
+    shared = min(map(len, parts))
+    return parts[0][:shared] == parts[1][:shared]
+
+
+def manifest() -> dict[str, Any]:
+    """The graph of the current folder, and `orchestrate` of its params for every task."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    settings = parameters.load().orchestrate
+    try:
+        with Repo() as repo:
+            stages = read(repo)
+    except DvcException as error:
+        raise UserError(f"dvc.yaml: {' '.join(str(error).split())}") from None
+    return {"stages": stages, "orchestrate": settings.model_dump()}
+
+
+def main() -> int:
+    """Write the manifest, or with --check say whether it is current. Exit 2 where it is not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.orchestrate.graph",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if it differs")
+    check = parser.parse_args().check
+    try:
+        current = json.dumps(manifest(), indent=2) + "\n"
+    except UserError as error:
+        print(f"graph: error: {error}", file=sys.stderr)
+        return 2
+    if check and (not MANIFEST.is_file() or MANIFEST.read_text() != current):
+        print(
+            f"graph: error: {MANIFEST} is not that of dvc.yaml and params.yaml: make manifest",
+            file=sys.stderr,
+        )
+        return 2
+    if not check:
+        MANIFEST.write_text(current)
+        stage.say("graph", f"{MANIFEST}: {len(json.loads(current)['stages'])} stages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""render: the manifest as Airflow tasks, one for each stage, with the edges of dvc.yaml.
+
+Imports Airflow and the standard library alone: a DAG file is parsed every few seconds.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import Asset, BaseOperator, Param, TriggerRule, task
+
+from pipelines.orchestrate.execute import HOME, Context, ProcessTask, pod_task, run_id
+
+MANIFEST = HOME / "dags" / "manifest.json"
+# What the form's fields set in params.yaml.
+FORM = {"as_of": "as_of", "max_epochs": "fit.max_epochs"}
+
+
+@functools.cache
+def manifest() -> dict[str, Any]:
+    """The graph and the tasks' settings, as `make manifest` wrote them."""
+    return dict(json.loads(MANIFEST.read_text(encoding="utf-8")))
+
+
+def form() -> dict[str, Param]:
+    """The trigger form of retrain."""
+    return {
+        "as_of": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="As of",
+            description="The clock: nothing at or after it is read. Empty: as params.yaml says.",
+        ),
+        "max_epochs": Param(
+            None,
+            type=["null", "integer"],
+            minimum=1,
+            title="Epochs, at most",
+            description="Empty: as params.yaml says.",
+        ),
+        "reason": Param("", type="string", title="Reason", description="Kept with the run."),
+        "force": Param(
+            False,
+            type="boolean",
+            title="Force",
+            description="Compute every stage, though its inputs were seen before.",
+        ),
+    }
+
+
+def asset(path: str) -> Asset:
+    """An output of the graph as Airflow's page shows it."""
+    return Asset(name=path, uri=f"headrace://{path}", group="headrace")
+
+
+def begin() -> BaseOperator:
+    """The first task: commit, clock, overrides."""
+    return _task(
+        "begin",
+        lambda context: ["begin", "--run", run_id(context), "--spec", json.dumps(_spec(context))],
+    )
+
+
+def stages(
+    after: BaseOperator,
+    only: tuple[str, ...] | None = None,
+    instead: Mapping[str, BaseOperator] | None = None,
+) -> dict[str, BaseOperator]:
+    """A task for each stage (or those of `only`), each after its parents.
+
+    `instead` names the tasks that give what a stage left out would have given.
+    """
+    graph = manifest()["stages"]
+    tasks: dict[str, BaseOperator] = dict(instead or {})
+    for given in tasks.values():
+        after >> given
+    for name, node in graph.items():
+        if only is not None and name not in only:
+            continue
+        tasks[name] = _task(
+            name,
+            functools.partial(_arguments, "stage", name),
+            inlets=[asset(path) for path in node["inputs"]],
+            outlets=[asset(path) for path in node["outs"] if path not in node["metrics"]],
+        )
+        parents = [tasks[parent] for parent in node["parents"]] or [after]
+        parents >> tasks[name]
+    return {name: one for name, one in tasks.items() if name not in (instead or {})}
+
+
+def unite(tasks: dict[str, BaseOperator]) -> BaseOperator:
+    """The lock of all stages in one. It runs whatever became of them, and is red unless each of
+    them published what it made.
+    """
+    names = list(tasks)
+    united = _task(
+        "unite",
+        lambda context: ["unite", "--run", run_id(context), *names],
+        trigger_rule=TriggerRule.ALL_DONE,
+    )
+    [one for one in tasks.values() if not one.downstream_task_ids] >> united
+    return united
+
+
+def effect(name: str) -> BaseOperator:
+    """A task that acts on the world."""
+    return _task(name, functools.partial(_arguments, "effect", name))
+
+
+def retrain_on_drift(drift: BaseOperator, lock: BaseOperator) -> BaseOperator:
+    """Trigger `retrain` with the verdict's reasons where there is drift; once for each run."""
+
+    @task.short_circuit(task_id="decide")
+    def decide(outcome: dict[str, Any]) -> bool:
+        verdict = outcome["metrics"]["reports/drift/verdict.json"]
+        print("drift: " + "; ".join(verdict["reasons"]) if verdict["drift"] else "all is well")
+        return bool(verdict["drift"])
+
+    pulled = "ti.xcom_pull('{}')"
+    reasons = f"{pulled.format('drift')}['metrics']['reports/drift/verdict.json']['reasons']"
+    retrain = TriggerDagRunOperator(
+        task_id="retrain",
+        trigger_dag_id="retrain",
+        trigger_run_id="watch__{{ run_id }}",
+        conf={
+            "as_of": f"{{{{ {pulled.format('begin')}['overrides']['as_of'] }}}}",
+            "reason": f"{{{{ 'watch: ' ~ {reasons} | join('; ') }}}}",
+        },
+        skip_when_already_exists=True,
+    )
+    decided = decide(drift.output)  # type: ignore[arg-type]
+    lock >> decided >> retrain
+    return retrain
+
+
+def _arguments(verb: str, name: str, context: Context) -> list[str]:
+    return [verb, name, "--run", run_id(context)]
+
+
+def _spec(context: Context) -> dict[str, Any]:
+    """What the run overrides. The form has it; a scheduled run's clock is the end of its data."""
+    form = context["params"]
+    overrides = {key: form[name] for name, key in FORM.items() if form.get(name) is not None}
+    end = context.get("data_interval_end")
+    if "as_of" not in form and end is not None:
+        overrides["as_of"] = _clock(end)
+    return {
+        "overrides": overrides,
+        "force": bool(form.get("force", False)),
+        "reason": form.get("reason", ""),
+    }
+
+
+def _clock(moment: datetime) -> str:
+    """A moment as `as_of` says it: the date alone at midnight, in UTC."""
+    utc = moment.astimezone(UTC)
+    midnight = (utc.hour, utc.minute, utc.second, utc.microsecond) == (0, 0, 0, 0)
+    return f"{utc:%Y-%m-%d}" if midnight else utc.isoformat()
+
+
+def _task(name: str, arguments: Any, **settings: Any) -> BaseOperator:
+    """A task under its policy, as the process or the pod that the configuration names."""
+    orchestrate = manifest()["orchestrate"]
+    policy = orchestrate["tasks"].get(name, orchestrate["default"])
+    settings |= {
+        "task_id": name.replace("@", "."),  # a member of a foreach
+        "owner": policy["owner"],
+        "retries": policy["retries"],
+        "retry_delay": timedelta(seconds=policy["retry_delay_seconds"]),
+        "retry_exponential_backoff": 2.0,
+        "execution_timeout": timedelta(minutes=policy["timeout_minutes"]),
+        "pool": policy["pool"],
+    }
+    if orchestrate["execute"] == "pod":
+        image = orchestrate["image"]
+        pod: BaseOperator = pod_task(arguments=arguments, policy=policy, image=image, **settings)
+        return pod
+    return ProcessTask(arguments=arguments, **settings)

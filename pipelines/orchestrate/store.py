@@ -1,0 +1,104 @@
+"""The store: objects of the DVC cache and remote, trusted only once they were read.
+
+DVC believes what its remote lists: an object cut short there stays, push after push, and a folder
+whose listing arrived counts as complete (iterative/dvc #10767). So what is given is compared with
+its hash first, sent where it is missing or wrong, and compared again.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from dvc.output import Output
+    from dvc.repo import Repo
+    from dvc_data.hashfile.db import HashFileDB
+
+THREADS = 8
+FOLDER = ".dir"
+
+
+def objects(outs: Iterable["Output"]) -> list[str]:
+    """The ids of all objects of `outs`: files first, a folder's listing after what it lists."""
+    ids = {
+        hash_info.value
+        for out in outs
+        for held in out.get_used_objs().values()
+        for hash_info in held
+    }
+    return sorted(ids, key=lambda oid: (oid.endswith(FOLDER), oid))
+
+
+def give(repo: "Repo", outs: list["Output"]) -> int:
+    """Send the outs to the remote and read them back; return how many objects were sent.
+
+    Raises RuntimeError where the remote holds other bytes than the hashes say, even so: then the
+    local object is wrong, and is dropped, so that the next attempt makes it again.
+    """
+    ids = objects(outs)
+    cache, remote = repo.cache.local, repo.cloud.get_remote_odb()
+    sent = damaged(remote, ids)
+    for oid in sent:  # in this order: who finds a listing finds what it lists
+        remote.add(cache.oid_to_path(oid), cache.fs, oid, check_exists=False)
+    if wrong := damaged(remote, sent):
+        for oid in wrong:
+            for place in (remote, cache):
+                if place.exists(oid):
+                    place.delete(oid)
+        raise RuntimeError(
+            f"{wrong[0]} and {len(wrong) - 1} more arrived damaged at {remote.path}: "
+            "the bytes are not those of the hash"
+        )
+    return len(sent)
+
+
+def take(repo: "Repo", outs: list["Output"]) -> None:
+    """Put the outs into the workspace, from the cache or else from the remote, whose bytes are
+    checked.
+    """
+    from dvc.exceptions import CollectCacheError
+
+    for out in outs:
+        try:
+            wanted = {hash_info for held in out.get_used_objs().values() for hash_info in held}
+            repo.cloud.pull(wanted)  # drops what arrives damaged, and may say nothing of it
+            lost = [one.value for one in wanted if not repo.cache.local.exists(one.value)]
+        except CollectCacheError:
+            lost = [out.hash_info.value]
+        if lost:
+            raise UserError(
+                f"{out.def_path} cannot be had: {lost[0]} is missing or damaged in the remote; "
+                f"clear the task {out.stage.name} to make it again"
+            )
+        out.checkout(force=True)
+
+
+def intact(repo: "Repo", outs: list["Output"]) -> bool:
+    """Whether the remote holds every byte of the outs."""
+    from dvc.exceptions import CollectCacheError
+
+    try:
+        return not damaged(repo.cloud.get_remote_odb(), objects(outs))
+    except CollectCacheError:  # the listing of a folder is nowhere
+        return False
+
+
+def damaged(place: "HashFileDB", ids: list[str]) -> list[str]:
+    """Those of the ids that `place` does not hold with the bytes of their hash, in their order."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        good = pool.map(lambda oid: _holds(place, oid), ids)
+    return [oid for oid, held in zip(ids, good, strict=True) if not held]
+
+
+def _holds(place: "HashFileDB", oid: str) -> bool:
+    from dvc_data.hashfile.hash import file_md5
+
+    path, wanted = place.oid_to_path(oid), oid.removesuffix(FOLDER)
+    try:
+        # S3 gives the MD5 of an object that came in one part; of any other, read the bytes.
+        tag = str(place.fs.info(path).get("ETag", "")).strip('"')
+        return tag == wanted or file_md5(path, place.fs) == wanted
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,416 @@
+"""task: what an Airflow task does, as a process beside its worker or in a pod.
+
+run:  python -m pipelines.orchestrate.task begin --run ID [--spec JSON]
+      python -m pipelines.orchestrate.task stage  NAME --run ID
+      python -m pipelines.orchestrate.task effect NAME --run ID
+      python -m pipelines.orchestrate.task unite  --run ID STAGE...
+
+begin   writes down what the run is: the commit, the params it overrides, the reason
+stage   makes one stage of dvc.yaml, or finds that it was made before, and publishes its lock entry
+effect  acts on the world once, with what stages made
+unite   joins the entries of all stages into one dvc.lock, checks it and records it
+
+Runs in the repository, on any machine that reaches the DVC remote. With --result FILE it leaves
+there what Airflow shows. Exit status: 0 done, 1 a fault (retry), 2 a mistake of the user.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import params as parameters
+from pipelines import stage as stages
+from pipelines.errors import UserError
+from pipelines.orchestrate import graph, lease, store, workspace
+from pipelines.orchestrate.exchange import Exchange, Record
+from pipelines.orchestrate.workspace import Run
+
+if TYPE_CHECKING:
+    from dvc.output import Output
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect's module, the stages whose outs it reads, and the stage whose outs it gives."""
+
+    module: str
+    reads: tuple[str, ...] = ()
+    gives: str | None = None
+
+
+EFFECTS = {
+    "register": Effect("pipelines.deploy.register", reads=("fit", "package")),
+    "gate": Effect("pipelines.deploy.gate", reads=("evaluate", "package")),
+    "champion": Effect("pipelines.deploy.champion", gives="package"),
+}
+
+
+class FailedError(Exception):
+    """A process of the run ended with this status and has said why."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the process ended with status {status}; its log says why")
+        self.status = status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status of the task."""
+    given = _parser().parse_args(arguments)
+    home = Path.cwd()
+    _prepare()
+    status, said = 0, ""
+    try:
+        result = _do(home, given)
+    except FailedError as failed:  # it has said why
+        result = {"status": failed.status, "error": str(failed)}
+        status = failed.status
+    except UserError as error:
+        status, said = 2, f"{_task(given)}: error: {error}"
+    except Exception as error:
+        text = " ".join(str(error).split())[:500] or "no message"
+        status, said = 1, f"{_task(given)}: fault: {type(error).__name__}: {text}"
+    if said:
+        result = {"status": status, "error": said}
+        print(said, file=sys.stderr)
+    if given.result:
+        given.result.write_text(json.dumps(result))
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.orchestrate.task",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("begin", "stage", "effect", "unite"):
+        one = verbs.add_parser(verb)
+        one.add_argument("--run", required=True, metavar="ID", help="the id of the run")
+        one.add_argument("--result", type=Path, metavar="FILE", help="leave the result here")
+        if verb == "begin":
+            one.add_argument(
+                "--spec",
+                type=json.loads,
+                default={},
+                metavar="JSON",
+                help="overrides (dotted keys of params.yaml), force, reason",
+            )
+        elif verb == "unite":
+            one.add_argument("stages", nargs="+", metavar="STAGE")
+        else:
+            one.add_argument("name", metavar="NAME", choices=EFFECTS if verb == "effect" else None)
+    return parser
+
+
+def _task(given: argparse.Namespace) -> str:
+    return str(getattr(given, "name", given.verb))
+
+
+def _prepare() -> None:
+    """This environment's python first on the path, which the commands of dvc.yaml name."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ |= {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": ""}
+    import dvc.logger  # sets its own level when it is first imported
+
+    logging.getLogger(dvc.__name__).setLevel(logging.ERROR)
+
+
+def _do(home: Path, given: argparse.Namespace) -> Record:
+    if given.verb == "begin":
+        return begin(home, given.run, given.spec)
+    run = _run(home, given.run)
+    if given.verb == "stage":
+        return make(home, run, given.name)
+    if given.verb == "effect":
+        return act(home, run, given.name)
+    return unite(home, run, given.stages)
+
+
+def begin(home: Path, run_id: str, spec: dict[str, Any]) -> Record:
+    """Write the run down, once: whoever begins it again begins the same."""
+    run = Run(run_id, workspace.git(home, "rev-parse", "HEAD"), **spec)
+    changed = workspace.git(home, "status", "--porcelain", "--untracked-files=no").splitlines()
+    if changed:
+        stages.say("begin", f"uncommitted changes of {len(changed)} files are no part of this run")
+    with workspace.opened(home, run, "begin"):  # a wrong override ends here
+        pass
+    with _repo(home) as repo:
+        meeting = workspace.exchange(repo)
+    if not meeting.put_new(_path(run_id, "run"), run.record()):
+        run = Run(**_found(meeting, run_id, "run"))
+    set_ = ", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "nothing"
+    stages.say("begin", f"run {run.id} at {run.commit[:12]}, overrides {set_}")
+    return run.record()
+
+
+def make(home: Path, run: Run, name: str) -> Record:
+    """Make one stage and publish its lock entry as the run's fragment."""
+    with workspace.opened(home, run, name) as folder, contextlib.chdir(folder):
+        with _repo(folder) as repo:
+            meeting = workspace.exchange(repo)
+            node = graph.read(repo).get(name)
+        if node is None:
+            raise UserError(f"dvc.yaml of {run.commit[:12]} has no stage {name}")
+        parents = {one: _found(meeting, run.id, one)["lock"] for one in node["parents"]}
+        workspace.write_lock(folder, parents)
+        with _repo(folder) as repo:
+            store.take(repo, workspace.inputs(repo, node["inputs"]))
+            key = _key(*workspace.stages(repo, [name]))
+        with lease.held(meeting, f"{name}-{key}", _waits(name)):
+            fragment = _before(folder, meeting, run, name, key, parents)
+            if fragment is None:
+                fragment = _compute(folder, run, name, key)
+                meeting.put(f"made/{name}/{key}.json", fragment)
+            published = _publish(meeting, folder, run, name, fragment, parents)
+    return published
+
+
+def _key(stage: "PipelineStage") -> str:
+    """The name of what goes into a stage: its command, inputs, code and params."""
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    stage.save_deps()
+    entry = to_single_stage_lockfile(stage)
+    inputs = {part: entry.get(part) for part in ("cmd", "deps", "params")}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _before(
+    folder: Path, meeting: Exchange, run: Run, name: str, key: str, parents: dict[str, Record]
+) -> Record | None:
+    """What this run, or else any run, made of the same inputs, where the remote still holds it."""
+    places = [_path(run.id, name)] + ([] if run.force else [f"made/{name}/{key}.json"])
+    for place in places:
+        found = meeting.get(place)
+        if found and found["key"] == key and _intact(folder, name, found, parents):
+            stages.say(name, "made before from the same inputs; nothing to compute")
+            return found | {"ran": False}
+    return None
+
+
+def _intact(folder: Path, name: str, fragment: Record, parents: dict[str, Record]) -> bool:
+    workspace.write_lock(folder, {**parents, name: fragment["lock"]})
+    try:
+        with _repo(folder) as repo:
+            return store.intact(repo, _outs(repo, [name]))
+    finally:
+        workspace.write_lock(folder, parents)
+
+
+def _compute(folder: Path, run: Run, name: str, key: str) -> Record:
+    """Run the stage and give its outs to the remote."""
+    from dvc.exceptions import ReproductionError
+
+    with _repo(folder) as repo:
+        try:
+            repo.reproduce(targets=[name], single_item=True, force=run.force)
+        except ReproductionError as error:
+            raise _failed(name, error) from None
+    with _repo(folder) as repo:
+        outs = _outs(repo, [name])
+        sent = store.give(repo, outs)
+        metrics = {
+            out.def_path: stages.read_json(folder / out.def_path) for out in outs if out.is_metric
+        }
+    stages.say(name, f"{sent} objects given to the store")
+    return {
+        "stage": name,
+        "key": key,
+        "lock": workspace.read_lock(folder)[name],
+        "metrics": metrics,
+        "ran": True,
+    }
+
+
+def _failed(name: str, error: Exception) -> Exception:
+    """The stage's own status; it has said itself what is wrong, unless it was killed."""
+    cause = " ".join(str(error.__cause__ or error).split())
+    status = re.search(r"exited with (-?\d+)$", cause)
+    if status is None:
+        return RuntimeError(cause)
+    code = int(status[1])
+    signal = -code if code < 0 else code - 128
+    if signal > 0:
+        return RuntimeError(
+            f"{name} was killed by signal {signal}" + (" (out of memory?)" if signal == 9 else "")
+        )
+    return FailedError(2 if code == 2 else 1)
+
+
+def _publish(
+    meeting: Exchange,
+    folder: Path,
+    run: Run,
+    name: str,
+    fragment: Record,
+    parents: dict[str, Record],
+) -> Record:
+    """Put the fragment under the run's id. Of two attempts the first wins, while what it made
+    stands.
+    """
+    path = _path(run.id, name)
+    mine = fragment | {"run": run.id, "host": socket.gethostname(), "at": _now()}
+    if meeting.put_new(path, mine):
+        return mine
+    first = _found(meeting, run.id, name)
+    if first["key"] == mine["key"] and _intact(folder, name, first, parents):
+        if first["lock"] != mine["lock"]:
+            stages.say(name, "another attempt was first and made other bytes; its bytes stay")
+        return first
+    meeting.put(path, mine)
+    return mine
+
+
+def act(home: Path, run: Run, name: str) -> Record:
+    """Act on the world, one at a time, and write down what was done."""
+    effect = EFFECTS[name]
+    with workspace.opened(home, run, name) as folder, contextlib.chdir(folder):
+        with _repo(folder) as repo:
+            meeting = workspace.exchange(repo)
+        workspace.write_lock(
+            folder, {one: _found(meeting, run.id, one)["lock"] for one in effect.reads}
+        )
+        with _repo(folder) as repo:
+            store.take(repo, _outs(repo, list(effect.reads)))
+        with lease.held(meeting, f"effect-{name}", _waits(name)):
+            status = subprocess.run([sys.executable, "-m", effect.module]).returncode
+            if status:
+                raise (
+                    FailedError(status)
+                    if status > 0
+                    else RuntimeError(f"killed by signal {-status}")
+                )
+            done = folder / "reports" / name / "record.json"
+            mine = {
+                "effect": name,
+                "run": run.id,
+                "host": socket.gethostname(),
+                "at": _now(),
+                "record": stages.read_json(done),
+            }
+            if effect.gives:
+                _hand_over(folder, meeting, run, effect.gives, mine)
+            meeting.put(_path(run.id, name), mine)
+    return mine
+
+
+def _hand_over(folder: Path, meeting: Exchange, run: Run, stage: str, record: Record) -> None:
+    """Publish what an effect brought into the workspace as if `stage` had made it."""
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    with _repo(folder) as repo:
+        (made,) = workspace.stages(repo, [stage])
+        present = [out for out in made.outs if out.exists]
+        for out in present:
+            out.save()
+            out.commit()
+        entry = json.loads(json.dumps(to_single_stage_lockfile(made)))
+        paths = [out.def_path for out in present]
+        entry = {"cmd": entry["cmd"], "outs": [o for o in entry["outs"] if o["path"] in paths]}
+        store.give(repo, present)
+    meeting.put(_path(run.id, stage), record | {"stage": stage, "lock": entry, "metrics": {}})
+
+
+def unite(home: Path, run: Run, names: list[str]) -> Record:
+    """Join the fragments into one dvc.lock that `dvc repro` finds nothing to do for, and record
+    it.
+    """
+    with workspace.opened(home, run, "unite") as folder, contextlib.chdir(folder):
+        with _repo(folder) as repo:
+            meeting = workspace.exchange(repo)
+            nodes = graph.read(repo)
+        given = {one for name in names for one in nodes[name]["parents"]} - set(names)
+        found = {one: _found(meeting, run.id, one) for one in nodes if one in names or one in given}
+        workspace.join_lock(folder, {one: fragment["lock"] for one, fragment in found.items()})
+        with _repo(folder) as repo:
+            outs = [out for out in _outs(repo, list(found)) if out.hash_info]
+            store.take(repo, outs)
+            store.give(repo, outs)
+        with _repo(folder) as repo:
+            stale = repo.status(targets=names)
+        if stale:
+            raise RuntimeError(f"the united lock does not hold: {json.dumps(stale)[:300]}")
+        record = _record(home, folder, meeting, run, found)
+        for old in workspace.collect(home, parameters.load().orchestrate.keep):
+            stages.say("unite", f"workspaces of {old} removed")
+    computed = sum(bool(fragment.get("ran")) for fragment in found.values())
+    stages.say("unite", f"{len(found)} stages, {computed} computed, lock {record['lock_md5']}")
+    return record
+
+
+def _record(
+    home: Path, folder: Path, meeting: Exchange, run: Run, found: dict[str, Record]
+) -> Record:
+    lock = (folder / "dvc.lock").read_text(encoding="utf-8")
+    record = {
+        "run": run.id,
+        "dvc.lock": lock,
+        "at": _now(),
+        "commit": run.commit,
+        "lock_md5": hashlib.md5(lock.encode(), usedforsecurity=False).hexdigest(),
+        "outs": {
+            out["path"]: out["md5"]
+            for fragment in found.values()
+            for out in fragment["lock"]["outs"]
+        },
+    }
+    if parameters.load().orchestrate.record == "branch":
+        record["commit"] = workspace.commit(folder, f"Lock of the run {run.id}", [Path("dvc.lock")])
+        branch = f"refs/heads/runs/{run.id}"
+        workspace.git(folder, "push", "--quiet", "--force", str(home), f"HEAD:{branch}")
+    meeting.put(_path(run.id, "lock"), record)
+    return record
+
+
+def _waits(name: str) -> Callable[[str], None]:
+    return lambda holder: stages.say(name, f"the same is done by {holder}; waiting for it")
+
+
+def _repo(folder: Path) -> "Repo":
+    from dvc.repo import Repo
+
+    return Repo(str(folder))
+
+
+def _outs(repo: "Repo", names: list[str]) -> list["Output"]:
+    return [out for stage in workspace.stages(repo, names) for out in stage.outs]
+
+
+def _run(home: Path, run_id: str) -> Run:
+    with _repo(home) as repo:
+        return Run(**_found(workspace.exchange(repo), run_id, "run"))
+
+
+def _found(meeting: Exchange, run_id: str, task: str) -> Record:
+    """What a task published. Raises UserError where it did not."""
+    found = meeting.get(_path(run_id, task))
+    if found is None:
+        raise UserError(f"{task} published nothing in the run {run_id}; clear that task")
+    return found
+
+
+def _path(run_id: str, task: str) -> str:
+    return f"runs/{run_id}/{task}.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""put is whole or absent, put_new has one winner: in a folder and in a bucket."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from pipelines.orchestrate.exchange import Exchange, Folder, at
+
+VALUES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=4)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Exchange]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="runs")
+        yield at("s3://runs/deep/prefix", endpoint)
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def exchange(request: pytest.FixtureRequest, tmp_path: Path) -> Exchange:
+    if request.param == "folder":
+        return at(str(tmp_path))
+    made: Exchange = request.getfixturevalue("bucket")
+    return made
+
+
+def test_what_was_put_is_got(exchange: Exchange) -> None:
+    @settings(max_examples=30, deadline=None)
+    @given(value=VALUES)
+    def holds(value: dict[str, object]) -> None:
+        exchange.put("a/b/c.json", value)
+        assert exchange.get("a/b/c.json") == value
+
+    holds()
+    assert exchange.get("a/nothing.json") is None
+
+
+def test_names_are_those_below_the_folder(exchange: Exchange) -> None:
+    for name in ("runs/one/b.json", "runs/one/a.json", "runs/one-more/c.json"):
+        exchange.put(name, {})
+    assert exchange.names("runs/one") == ["runs/one/a.json", "runs/one/b.json"]
+    assert exchange.names("runs/none") == []
+
+
+def test_of_many_at_once_one_puts(exchange: Exchange) -> None:
+    for round_ in range(20):
+        gate = threading.Barrier(8)
+
+        def put(number: int, name: str = f"race/{round_}.json", gate: object = gate) -> bool:
+            gate.wait()  # type: ignore[attr-defined]
+            return exchange.put_new(name, {"writer": number})
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(put, range(8)))
+        assert won.count(True) == 1
+        assert exchange.get(f"race/{round_}.json") == {"writer": won.index(True)}
+
+
+def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None:
+    value = {str(number): "x" * 1000 for number in range(500)}
+    folder = Folder(tmp_path)
+    for trial in range(40):
+        child = os.fork()
+        if child == 0:
+            for number in range(1000):
+                folder.put(f"kill/{number}.json", value)
+            os._exit(0)
+        time.sleep(0.002 * (trial % 10))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for name in folder.names("kill"):
+            assert json.loads((tmp_path / name).read_bytes()) == value
