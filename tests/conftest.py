@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from world import ROOT, Checkout
+from world import ROOT, Checkout, thin
 
 from pipelines import params as parameters
-from pipelines.ingest import fetch
 from pipelines.params import Params
 
-KEPT = 12  # one flight number of so many
 TRACKED = ("params.yaml", "dvc.yaml", "expectations", "pipelines", ".dvc/config", ".dvcignore")
 
 
@@ -30,22 +28,7 @@ def params() -> Params:
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
     """January to May 2013 of the sample as a folder source, a twelfth of the flights."""
-    folder = tmp_path_factory.mktemp("source")
-    for file in fetch.listing(params):
-        table, _, month = file.name.removesuffix(".csv").partition("/")
-        if month > "2013-05":
-            continue
-        target = folder / file.name
-        target.parent.mkdir(exist_ok=True)
-        content = file.read()
-        target.write_bytes(_thinned(content) if table == "flights" else content)
-    return folder
-
-
-def _thinned(content: bytes) -> bytes:
-    header, *lines = content.splitlines(keepends=True)
-    flight = header.decode().split(",").index("flight")
-    return header + b"".join(line for line in lines if int(line.split(b",")[flight]) % KEPT == 0)
+    return thin(tmp_path_factory.mktemp("source"), params, until="2013-05")
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
     import networkx as nx
 
     graph = repo.index.graph  # edges lead from a stage to those it depends on
-    order = nx.lexicographical_topological_sort(graph.reverse(), key=lambda one: one.addressing)
+    order = nx.lexicographical_topological_sort(graph.reverse(), key=lambda one: one.name)
     return {
-        one.addressing: {
-            "parents": sorted(parent.addressing for parent in graph.successors(one)),
+        one.name: {
+            "parents": sorted(parent.name for parent in graph.successors(one)),
             "inputs": sorted(
                 out.def_path
                 for parent in graph.successors(one)

@@ -220,7 +220,7 @@ def join_lock(folder: Path, entries: dict[str, Lock]) -> None:
 
 def stages(repo: "Repo", names: list[str]) -> list["PipelineStage"]:
     """The stages of these names. Raises UserError where dvc.yaml has no such stage."""
-    known = {one.addressing: one for one in repo.index.stages}
+    known = {one.name: one for one in repo.index.stages}
     for name in names:
         if name not in known:
             raise UserError(f"dvc.yaml has no stage {name}; it has {', '.join(known)}")

@@ -55,8 +55,8 @@ def repository(folder: Path, source: Path, **changes: Any) -> Path:
     # `merged` adds keys; these are replaced.
     values["dataset"]["behaviour"] = {"raises": {}, "missing": {}}
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    python(folder, "-m", "pipelines.orchestrate.graph")
     git(folder, "init", "-q")
+    python(folder, "-m", "pipelines.orchestrate.graph")
     commit(folder, "first")
     return folder
 

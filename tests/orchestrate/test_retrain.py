@@ -1,0 +1,134 @@
+"""retrain under a real Airflow: parity, isolation, resume, once, honest red."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from orchestrate.place import GREEN, RED, Airflow, environment, git, task
+
+pytestmark = pytest.mark.airflow
+INGEST = ("fetch", "load", "validate", "featurize")
+TRAIN = ("fit", "evaluate", "package", "score", "drift")
+
+
+def _at_work(airflow: Airflow, run: str, stage: str, patience: float = 300) -> psutil.Process:
+    """The process of a stage of this run, once it writes."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            command, cwd = process.info["cmdline"] or [], process.info["cwd"] or ""
+            named = command[-1:] == [f"pipelines.train.{stage}"] and f"/{run}/{stage}-" in cwd
+            if named and any((Path(cwd) / ".state" / "scratch").glob("*/*")):
+                return process
+        time.sleep(0.05)
+    raise TimeoutError(f"{stage} of {run} was not seen at work")
+
+
+def _plain_lock(airflow: Airflow, run: str, folder: Path) -> str:
+    """dvc.lock of a plain `dvc repro` at the run's commit and params, with a cache of its own."""
+    git(airflow.home, "clone", "-q", str(airflow.home), str(folder))
+    git(folder, "checkout", "-q", f"origin/runs/{run}~1")
+    subprocess.run(["dvc", "repro", "-q"], cwd=folder, env=environment(folder), check=True)
+    return (folder / "dvc.lock").read_text()
+
+
+def test_two_runs_at_once_equal_plain_repro_though_fit_is_killed(
+    airflow: Airflow, tmp_path: Path
+) -> None:
+    """Parity, isolation and resume in one story, since each needs whole runs."""
+    clocks = {"may": "2013-05-01", "june": "2013-06-01"}
+    for run, clock in clocks.items():
+        airflow.trigger("retrain", run, as_of=clock, reason="test")
+    stage = _at_work(airflow, "retrain-may", "fit")
+    os.killpg(os.getpgid(stage.pid), signal.SIGKILL)
+
+    for run in clocks:
+        assert airflow.wait("retrain", run) == GREEN, airflow.tasks("retrain", run)
+    tries = {name: one["try_number"] for name, one in airflow.tasks("retrain", "may").items()}
+    assert tries.pop("fit") == 2
+    assert set(tries.values()) == {1}, "what had finished is not computed again"
+    for run, clock in clocks.items():
+        lock = airflow.lock("retrain", run)
+        assert f"as_of: '{clock}'" in lock
+        assert lock == _plain_lock(airflow, f"retrain-{run}", tmp_path / run)
+        assert git(airflow.home, "show", f"runs/retrain-{run}:dvc.lock") == lock.strip()
+        united = airflow.home / ".state" / "workspaces" / f"retrain-{run}" / "unite-1"
+        again = subprocess.run(
+            ["dvc", "repro"], cwd=united, env=environment(united), capture_output=True, text=True
+        )
+        assert "Data and pipelines are up to date" in again.stdout, again
+        assert "Running stage" not in again.stdout
+
+
+def test_two_runs_that_need_the_same_bytes_compute_them_once(airflow: Airflow) -> None:
+    for run in ("same-1", "same-2"):
+        airflow.trigger("retrain", run, as_of="2013-06-01", max_epochs=2)
+    for run in ("same-1", "same-2"):
+        assert airflow.wait("retrain", run) == GREEN, airflow.tasks("retrain", run)
+    assert airflow.lock("retrain", "same-1") == airflow.lock("retrain", "same-2")
+    computed = {
+        name: [airflow.fragment("retrain", run, name)["ran"] for run in ("same-1", "same-2")]
+        for name in (*INGEST, *TRAIN)
+    }
+    # June was ingested by the test before this one.
+    assert all(computed[name] == [False, False] for name in INGEST), computed
+    assert all(computed[name].count(True) == 1 for name in TRAIN), computed
+
+
+def test_a_mistake_is_red_at_once_and_the_log_ends_with_its_line(airflow: Airflow) -> None:
+    airflow.trigger("retrain", "early", as_of="2012-01-01")
+    assert airflow.wait("retrain", "early") == RED
+    tasks = airflow.tasks("retrain", "early")
+    red = next(name for name, one in tasks.items() if one["state"] == RED and name != "unite")
+    assert tasks[red]["try_number"] == 1
+    said = [line for line in airflow.log("retrain", "early", red) if f"{red}: error: " in line]
+    assert said, airflow.log("retrain", "early", red)
+    assert tasks["unite"]["state"] == RED
+    assert tasks["register"]["state"] == "upstream_failed"
+
+
+def test_a_skipped_stage_is_red(airflow: Airflow) -> None:
+    airflow.trigger("retrain", "skipped", as_of="2013-06-01")
+    path = "/dags/retrain/dagRuns/skipped/taskInstances/load"
+    airflow.api.call("PATCH", path, {"new_state": "skipped"})
+    assert airflow.wait("retrain", "skipped") == RED
+    tasks = airflow.tasks("retrain", "skipped")
+    assert tasks["load"]["state"] == "skipped"
+    assert tasks["unite"]["state"] == RED
+
+
+def test_a_lost_fragment_is_red(airflow: Airflow) -> None:
+    (airflow.runs / "retrain-same-1" / "score.json").unlink()
+    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "same-1",
+            "reset_dag_runs": True, "only_failed": False}  # fmt: skip
+    airflow.api.call("POST", "/dags/retrain/clearTaskInstances", body)
+    assert airflow.wait("retrain", "same-1") == RED
+    log = "\n".join(airflow.log("retrain", "same-1", "unite", 2))
+    assert "score published nothing in the run retrain-same-1" in log
+
+
+def test_a_second_attempt_alive_changes_nothing(airflow: Airflow) -> None:
+    airflow.trigger("retrain", "twice", as_of="2013-06-01", max_epochs=3)
+    _at_work(airflow, "retrain-twice", "fit")
+    second = task(airflow.home, "stage", "fit", "--run", "retrain-twice")
+    assert "the same is done by process" in second.stdout
+    assert "made before from the same inputs" in second.stdout
+    assert airflow.wait("retrain", "twice") == GREEN
+    assert airflow.fragment("retrain", "twice", "fit")["ran"] is True
+    made = [
+        line for line in airflow.log("retrain", "twice", "fit") if re.search("epoch 1 of", line)
+    ]
+    assert len(made) == 1
+
+
+def test_an_asset_event_names_the_content(airflow: Airflow) -> None:
+    events = airflow.api.call("GET", "/assets/events?limit=100&order_by=-id")["asset_events"]
+    bundles = [one for one in events if one["name"] == "models/bundle"]
+    lock = airflow.lock("retrain", "june")
+    assert any(one["extra"]["md5"] in lock for one in bundles)
+    assert all(re.fullmatch(r"[0-9a-f]{32}\.dir", one["extra"]["md5"]) for one in bundles)
