@@ -42,7 +42,8 @@ check: $(READY) ## format, lint, types, import rules: reads only
 	lint-imports
 	@python -m pipelines.orchestrate.graph --check
 
-bench: $(READY) ## measure speed, quality over seeds, and the same lock from two clones
+bench: $(READY) ## measure speed, orchestration, quality over seeds, the same lock in two clones
+	@python benchmarks/orchestrate.py
 	@python benchmarks/bench.py
 
 constraints: $(READY) ## resolve constraints.txt anew from pyproject.toml

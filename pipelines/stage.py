@@ -55,8 +55,9 @@ def _guarded(stage: str, run: Callable[[Params], None]) -> int:
         print(f"{stage}: interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
-        print(f"{stage}: fault: {_one_line(error)}", file=sys.stderr, flush=True)
         _keep_traceback(stage)
+        # Last, since a scheduler shows the last line.
+        print(f"{stage}: fault: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

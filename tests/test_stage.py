@@ -114,7 +114,7 @@ def test_an_error_is_one_line_and_a_status(
         check=False,
     )
     assert done.returncode == status
-    assert done.stderr.splitlines()[0] == said
+    assert done.stderr.splitlines()[-1] == said
     assert "Traceback" not in done.stderr
 
 

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +114,13 @@ def started(
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
-    """End a process and its group, the kind way first."""
-    for signal_, wait in ((signal.SIGINT, patience), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, signal_)
-            process.wait(wait)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        if signal_ == signal.SIGINT:
-            continue  # what the server left behind in its group
+    """End a server and its whole group, the kind way first."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of the group
+    process.wait()
 
 
 def ready(

@@ -42,7 +42,9 @@ def form() -> dict[str, Param]:
             title="Epochs, at most",
             description="Empty: as params.yaml says.",
         ),
-        "reason": Param("", type="string", title="Reason", description="Kept with the run."),
+        "reason": Param(
+            None, type=["null", "string"], title="Reason", description="Kept with the run."
+        ),
         "force": Param(
             False,
             type="boolean",
@@ -151,7 +153,7 @@ def _spec(context: Context) -> dict[str, Any]:
     return {
         "overrides": overrides,
         "force": bool(form.get("force", False)),
-        "reason": form.get("reason", ""),
+        "reason": form.get("reason") or "",
     }
 
 

@@ -262,17 +262,11 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     names = ("auc", "ap", "log_loss", "brier")
     for offset, (who, color) in enumerate((("metrics", "tab:blue"), ("baseline", "tab:orange"))):
         figures = [outcome[who][name] for name in names]
-        middle.errorbar(
-            [f["value"] for f in figures],
-            [at + 0.2 * offset for at in range(len(names))],
-            xerr=[
-                [f["value"] - f["low"] for f in figures],
-                [f["high"] - f["value"] for f in figures],
-            ],
-            fmt="o",
-            color=color,
-            label={"metrics": "model", "baseline": "gradient boosting"}[who],
-        )
+        rows = [at + 0.2 * offset for at in range(len(names))]
+        # Drawn apart: with few resamples a point may lie outside its interval.
+        middle.hlines(rows, [f["low"] for f in figures], [f["high"] for f in figures], colors=color)
+        label = {"metrics": "model", "baseline": "gradient boosting"}[who]
+        middle.plot([f["value"] for f in figures], rows, "o", color=color, label=label)
     middle.set(title="Figures with 95 % intervals", yticks=range(len(names)), yticklabels=names)
     middle.invert_yaxis()
     middle.legend()

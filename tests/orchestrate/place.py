@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from world import ROOT, merged
 
@@ -92,6 +94,25 @@ def task(folder: Path, *arguments: str, check: bool = True) -> subprocess.Comple
     return python(folder, "-m", "pipelines.orchestrate.task", *arguments, check=check)
 
 
+def at_work(stage: str, *under: Path, patience: float = 300) -> psutil.Process:
+    """The process of a training stage in a workspace below one of the folders, once it writes."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            command, cwd = process.info["cmdline"] or [], process.info["cwd"] or ""
+            here = any(cwd.startswith(f"{folder}/") for folder in under)
+            named = here and command[-1:] == [f"pipelines.train.{stage}"]
+            if named and any((Path(cwd) / ".state" / "scratch").glob("*/*")):
+                return process
+        time.sleep(0.1)
+    raise TimeoutError(f"{stage} was not seen at work")
+
+
+def kill_group(process: psutil.Process) -> None:
+    """kill -9 of a stage, the task around it and all they started."""
+    os.killpg(os.getpgid(process.pid), signal.SIGKILL)
+
+
 def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -104,6 +125,7 @@ class Airflow:
     def __init__(self, home: Path, url: str, api: local.Api, env: dict[str, str]) -> None:
         self.home, self.url, self.api, self.env = home, url, api, env
         self.runs = home / ".state" / "store" / "orchestrate" / "runs"
+        self.workspaces = home / ".state" / "workspaces"
 
     @property
     def password(self) -> str:
@@ -166,11 +188,11 @@ def running(home: Path, wanted_pools: dict[str, int]) -> Iterator[Airflow]:
         api = local.Api(url, password)
         local.pools(api, wanted_pools)
         airflow = Airflow(home, url, api, env)
-        _parsed(api)
+        parsed(api)
         yield airflow
 
 
-def _parsed(api: local.Api, patience: float = 60) -> None:
+def parsed(api: local.Api, patience: float = 60) -> None:
     """Until both DAGs are there."""
     end = time.monotonic() + patience
     while time.monotonic() < end:

@@ -1,32 +1,15 @@
 """retrain under a real Airflow: parity, isolation, resume, once, honest red."""
 
-import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from orchestrate.place import GREEN, RED, Airflow, environment, git, task
+from orchestrate.place import GREEN, RED, Airflow, at_work, environment, git, kill_group, task
 
 pytestmark = pytest.mark.airflow
 INGEST = ("fetch", "load", "validate", "featurize")
 TRAIN = ("fit", "evaluate", "package", "score", "drift")
-
-
-def _at_work(airflow: Airflow, run: str, stage: str, patience: float = 300) -> psutil.Process:
-    """The process of a stage of this run, once it writes."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        for process in psutil.process_iter(["cmdline", "cwd"]):
-            command, cwd = process.info["cmdline"] or [], process.info["cwd"] or ""
-            named = command[-1:] == [f"pipelines.train.{stage}"] and f"/{run}/{stage}-" in cwd
-            if named and any((Path(cwd) / ".state" / "scratch").glob("*/*")):
-                return process
-        time.sleep(0.05)
-    raise TimeoutError(f"{stage} of {run} was not seen at work")
 
 
 def _plain_lock(airflow: Airflow, run: str, folder: Path) -> str:
@@ -44,8 +27,7 @@ def test_two_runs_at_once_equal_plain_repro_though_fit_is_killed(
     clocks = {"may": "2013-05-01", "june": "2013-06-01"}
     for run, clock in clocks.items():
         airflow.trigger("retrain", run, as_of=clock, reason="test")
-    stage = _at_work(airflow, "retrain-may", "fit")
-    os.killpg(os.getpgid(stage.pid), signal.SIGKILL)
+    kill_group(at_work("fit", airflow.workspaces / "retrain-may"))
 
     for run in clocks:
         assert airflow.wait("retrain", run) == GREEN, airflow.tasks("retrain", run)
@@ -57,7 +39,7 @@ def test_two_runs_at_once_equal_plain_repro_though_fit_is_killed(
         assert f"as_of: '{clock}'" in lock
         assert lock == _plain_lock(airflow, f"retrain-{run}", tmp_path / run)
         assert git(airflow.home, "show", f"runs/retrain-{run}:dvc.lock") == lock.strip()
-        united = airflow.home / ".state" / "workspaces" / f"retrain-{run}" / "unite-1"
+        united = airflow.workspaces / f"retrain-{run}" / "unite-1"
         again = subprocess.run(
             ["dvc", "repro"], cwd=united, env=environment(united), capture_output=True, text=True
         )
@@ -103,18 +85,20 @@ def test_a_skipped_stage_is_red(airflow: Airflow) -> None:
 
 
 def test_a_lost_fragment_is_red(airflow: Airflow) -> None:
-    (airflow.runs / "retrain-same-1" / "score.json").unlink()
-    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "same-1",
-            "reset_dag_runs": True, "only_failed": False}  # fmt: skip
+    airflow.trigger("retrain", "lost", as_of="2013-06-01")
+    assert airflow.wait("retrain", "lost") == GREEN
+    (airflow.runs / "retrain-lost" / "score.json").unlink()
+    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "lost",
+            "include_downstream": True, "reset_dag_runs": True, "only_failed": False}  # fmt: skip
     airflow.api.call("POST", "/dags/retrain/clearTaskInstances", body)
-    assert airflow.wait("retrain", "same-1") == RED
-    log = "\n".join(airflow.log("retrain", "same-1", "unite", 2))
-    assert "score published nothing in the run retrain-same-1" in log
+    assert airflow.wait("retrain", "lost") == RED
+    log = "\n".join(airflow.log("retrain", "lost", "unite", 2))
+    assert "score published nothing in the run retrain-lost" in log
 
 
 def test_a_second_attempt_alive_changes_nothing(airflow: Airflow) -> None:
     airflow.trigger("retrain", "twice", as_of="2013-06-01", max_epochs=3)
-    _at_work(airflow, "retrain-twice", "fit")
+    at_work("fit", airflow.workspaces / "retrain-twice")
     second = task(airflow.home, "stage", "fit", "--run", "retrain-twice")
     assert "the same is done by process" in second.stdout
     assert "made before from the same inputs" in second.stdout
