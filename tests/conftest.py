@@ -16,6 +16,8 @@ TRACKED = ("params.yaml", "dvc.yaml", "expectations", "pipelines", ".dvc/config"
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_offline() -> None:
     """No test may depend on the network or on an account."""
+    # What Python leaves beside its sources must change nothing.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "RUST_LOG": "error"}
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 Record = dict[str, Any]
+ATTEMPTS = 10
 
 
 class Exchange(Protocol):
@@ -113,17 +114,20 @@ class Bucket:
     def put_new(self, name: str, value: Record) -> bool:
         from botocore.exceptions import ClientError
 
-        body = _bytes(value)
-        try:
-            self.client.put_object(
-                Bucket=self.bucket, Key=self._key(name), Body=body, IfNoneMatch="*"
-            )
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "PreconditionFailed":
-                raise
-            # A retry after a lost answer meets its own object: that one is ours.
-            return bool(self.get(name) == json.loads(body))
-        return True
+        for _ in range(ATTEMPTS):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket, Key=self._key(name), Body=_bytes(value), IfNoneMatch="*"
+                )
+                return True
+            except ClientError as error:
+                code = error.response["Error"]["Code"]
+                if code == "PreconditionFailed":
+                    # A retry after a lost answer meets its own object.
+                    return bool(self.get(name) == json.loads(_bytes(value)))
+                if code != "ConditionalRequestConflict":  # another write is under way
+                    raise
+        raise RuntimeError(f"s3://{self.bucket}/{self._key(name)}: others write without an end")
 
     def names(self, prefix: str) -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(

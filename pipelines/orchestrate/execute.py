@@ -83,6 +83,14 @@ class ProcessTask(BaseOperator):
                 os.killpg(self.process.pid, signal.SIGTERM)
 
 
+def exit_status(pod: Any, container: str) -> int | None:
+    """The exit status of a pod's container, None where Kubernetes does not know one."""
+    ended = (
+        one.state.terminated for one in pod.status.container_statuses or [] if one.name == container
+    )
+    return next((one.exit_code for one in ended if one), None)
+
+
 def pod_task(*, arguments: Arguments, policy: dict[str, Any], image: str, **settings: Any) -> Any:
     """The body as a pod of `image`, with the cores, memory and GPUs that the policy names."""
     from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
@@ -99,11 +107,12 @@ def pod_task(*, arguments: Arguments, policy: dict[str, Any], image: str, **sett
             try:
                 super().cleanup(pod, remote_pod, xcom_result, context)
             except AirflowException as error:
-                if (xcom_result or {}).get("status") == MISTAKE:
-                    raise AirflowFailException(xcom_result["error"]) from error
-                raise
+                status = exit_status(remote_pod, self.base_container_name)
+                said = (xcom_result or {}).get("error") or f"the pod ended with status {status}"
+                kind = AirflowFailException if status == MISTAKE else AirflowException
+                raise kind(said) from error
 
-    wanted = {"cpu": str(policy["cpu"]), "memory": f"{policy['memory_gib']}Gi"}
+    wanted = {"cpu": f"{policy['cpu']:g}", "memory": f"{policy['memory_gib']:g}Gi"}
     if policy["gpu"]:
         wanted["nvidia.com/gpu"] = str(policy["gpu"])
     return PodTask(
@@ -111,6 +120,9 @@ def pod_task(*, arguments: Arguments, policy: dict[str, Any], image: str, **sett
         cmds=BODY,
         name=settings["task_id"],
         do_xcom_push=True,
+        startup_timeout_seconds=1200,  # gigabytes to pull, or a GPU node to start
+        automount_service_account_token=False,  # the body asks Kubernetes for nothing
+        log_pod_spec_on_failure=False,
         container_resources=models.V1ResourceRequirements(
             requests=wanted, limits={key: wanted[key] for key in wanted if key != "cpu"}
         ),

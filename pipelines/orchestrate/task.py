@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,8 @@ class FailedError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the task."""
     given = _parser().parse_args(arguments)
+    # The first process of a pod ignores SIGTERM unless told; this way its lease is released.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     home = Path.cwd()
     _prepare()
     status, said = 0, ""
@@ -346,8 +349,6 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
         if stale:
             raise RuntimeError(f"the united lock does not hold: {json.dumps(stale)[:300]}")
         record = _record(home, folder, meeting, run, found)
-        for old in workspace.collect(home, parameters.load().orchestrate.keep):
-            stages.say("unite", f"workspaces of {old} removed")
     computed = sum(bool(fragment.get("ran")) for fragment in found.values())
     stages.say("unite", f"{len(found)} stages, {computed} computed, lock {record['lock_md5']}")
     return record

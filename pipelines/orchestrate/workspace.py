@@ -53,8 +53,11 @@ def opened(home: Path, run: Run, task: str) -> Iterator[Path]:
     folder, lock = _claim(home / ROOT / run.id, task)
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        _check_out(home, folder, run)
+        params = _check_out(home, folder, run)
         yield folder
+    # Here and not at a run's end: of many workers, each collects its own.
+    for old in collect(home, params.orchestrate.keep):
+        stage.say(task, f"workspaces of {old} removed")
 
 
 def _claim(base: Path, task: str) -> tuple[Path, Path]:
@@ -69,11 +72,13 @@ def _claim(base: Path, task: str) -> tuple[Path, Path]:
         number += 1
 
 
-def _check_out(home: Path, folder: Path, run: Run) -> None:
+def _check_out(home: Path, folder: Path, run: Run) -> parameters.Params:
     """The files of the run's commit and its params, linked to the cache and state of `home`."""
     # A clone that borrows the objects: a worktree would write into the repository of `home`.
     git(home, "clone", "--quiet", "--shared", "--no-checkout", str(home), str(folder))
     if not _has(folder, run.commit):
+        if "origin" not in git(home, "remote").split():
+            raise UserError(f"{home} has neither the run's commit {run.commit} nor an origin")
         origin = git(home, "remote", "get-url", "origin")
         git(folder, "fetch", "--quiet", origin, run.commit)
     git(folder, "checkout", "--quiet", "--detach", run.commit)
@@ -91,6 +96,7 @@ def _check_out(home: Path, folder: Path, run: Run) -> None:
         source.parent.mkdir(parents=True, exist_ok=True)
         source.symlink_to((home / params.fetch.source).resolve())
     _configure(home, folder)
+    return params
 
 
 def _has(folder: Path, commit: str) -> bool:
@@ -158,19 +164,22 @@ def _configure(home: Path, folder: Path) -> None:
     if name is None:
         raise UserError(".dvc/config names no remote; set one: dvc remote add --default NAME URL")
     cache = config["cache"].get("dir", str(home / ".dvc" / "cache"))
+    remote = config["remote"][name] | {"verify": True}
     lines = [
         "[cache]",
         f"    dir = {cache}",
         # Inputs are links into the cache, read-only, where the file system can.
         "    type = reflink,hardlink,copy",
         "[core]",
+        f"    remote = {name}",
         # DVC's own notes go with the workspace.
         f"    site_cache_dir = {folder.resolve() / '.dvc' / 'tmp' / 'site'}",
         f"['remote \"{name}\"']",
-        f"    url = {config['remote'][name]['url']}",
-        "    verify = true",
+        *(f"    {key} = {value}" for key, value in remote.items()),
     ]
-    (folder / ".dvc" / "config.local").write_text("\n".join(lines) + "\n")
+    path = folder / ".dvc" / "config.local"
+    path.touch(mode=0o600)  # it may hold a key
+    path.write_text("\n".join(lines) + "\n")
 
 
 def git(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -161,7 +162,8 @@ class Airflow:
 
     def fragment(self, dag: str, run: str, name: str) -> dict[str, Any]:
         """What a task published."""
-        return dict(json.loads((self.runs / f"{dag}-{run}" / f"{name}.json").read_text()))
+        folder = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{dag}-{run}")
+        return dict(json.loads((self.runs / folder / f"{name}.json").read_text()))
 
     def lock(self, dag: str, run: str) -> str:
         """The run's united dvc.lock."""

@@ -81,6 +81,10 @@ def test_from_the_form_to_the_log_and_the_asset(airflow: Airflow, page: Page) ->
 
     page.goto(f"{airflow.url}/assets")
     page.get_by_role("link", name="models/bundle").first.click()
-    expect(page.get_by_text("package").first).to_be_visible()
-    expect(page.get_by_text(re.compile("md5")).first).to_be_visible()
+    page.locator(".codicon-folding-collapsed").first.click(force=True)  # the event's content
+    event = page.locator(".view-lines").first
+    expect(event).to_contain_text("md5")
     _shot(page, "5-asset")
+    made = airflow.fragment("retrain", run, "package")["lock"]["outs"]
+    bundle = next(out["md5"] for out in made if out["path"] == "models/bundle")
+    assert bundle in re.sub(r"\s", "", event.inner_text())

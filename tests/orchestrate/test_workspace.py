@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orchestrate.place import git, repository
 
+from pipelines import params as parameters
 from pipelines.errors import UserError
 from pipelines.orchestrate import workspace
 from pipelines.orchestrate.workspace import Run
@@ -102,3 +103,13 @@ def test_old_runs_are_collected_unless_at_work(tmp_path: Path) -> None:
         os.utime(base / "working", (time.time() - 120,) * 2)
         assert workspace.collect(tmp_path, 2) == ["old"]
     assert sorted(one.name for one in base.iterdir()) == ["newer", "newest", "working"]
+
+
+def test_a_worker_collects_what_it_leaves(home: Path) -> None:
+    keep = parameters.load(home / "params.yaml").orchestrate.keep
+    for number in range(keep + 2):
+        with workspace.opened(home, _run(home, f"many-{number}"), "begin"):
+            pass
+    left = [one.name for one in (home / workspace.ROOT).iterdir()]
+    assert len(left) == keep
+    assert f"many-{keep + 1}" in left
