@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params as parameters
-from pipelines.errors import UserError
+from pipelines.errors import UserError, naming
 from pipelines.params import Params
 
 # What belongs to this machine and not to the graph: tracking store, timings, scratch. Git-ignored.
@@ -75,8 +75,8 @@ def _keep_traceback(stage: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc())
         print(f"{stage}: the traceback is in {log}", file=sys.stderr, flush=True)
-    except OSError:  # a full disk must not hide the fault itself
-        traceback.print_exc()
+    except OSError as error:  # a full disk must not hide the fault itself
+        print(f"{stage}: no traceback was kept: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _record_usage(stage: str, status: int) -> None:
@@ -114,7 +114,8 @@ def fresh(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with naming(path):
+            yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -129,7 +130,8 @@ def scratch(stage: str) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        yield folder
+        with naming(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -137,10 +139,23 @@ def scratch(stage: str) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write canonical JSON (sorted keys, no NaN), whole or not at all."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path` that takes its place when the block ends without an
+    error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with naming(path):
+            yield partial
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, naming
 
 
 def write(table: pa.Table, path: Path) -> None:
@@ -18,7 +18,8 @@ def write(table: pa.Table, path: Path) -> None:
     # Engines differ in what they call nullable and in the size of their batches; the rows do not.
     fields = [field.with_nullable(True).remove_metadata() for field in table.schema]
     plain = pa.Table.from_arrays(table.combine_chunks().columns, schema=pa.schema(fields))
-    pq.write_table(plain, path, compression="zstd")
+    with naming(path):
+        pq.write_table(plain, path, compression="zstd")
 
 
 def months(folder: Path) -> list[Path]:

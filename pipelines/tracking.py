@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.errors import naming
 from pipelines.params import Params
 from pipelines.stage import STATE
 
@@ -28,14 +29,16 @@ def client(params: Params) -> tuple["MlflowClient", str]:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import logging
 
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It logs, traceback and all, what it raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     import mlflow
 
-    _prepare(params.tracking.uri)
-    mlflow.set_tracking_uri(params.tracking.uri)
-    store = mlflow.MlflowClient()
-    return store, _experiment(store, params.dataset.name, params.tracking.artifacts)
+    with naming(params.tracking.uri):
+        _prepare(params.tracking.uri)
+        mlflow.set_tracking_uri(params.tracking.uri)
+        store = mlflow.MlflowClient()
+        return store, _experiment(store, params.dataset.name, params.tracking.artifacts)
 
 
 def ledger(uri: str) -> Path:
@@ -93,23 +96,26 @@ def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
     """Yield Lightning's logger on a new run with the params of the stage; it ends as finished or
     failed.
     """
+    from mlflow.exceptions import MlflowException
     from pytorch_lightning.loggers import MLFlowLogger
 
     store, experiment = client(params)
-    made = store.create_run(
-        experiment,
-        run_name=stage,
-        tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()},
-    )
+    with naming(params.tracking.uri):
+        made = store.create_run(
+            experiment,
+            run_name=stage,
+            tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()},
+        )
+        for name, value in getattr(params, stage).model_dump().items():
+            store.log_param(made.info.run_id, f"{stage}.{name}", value)
     logger = MLFlowLogger(
         params.dataset.name, tracking_uri=params.tracking.uri, run_id=made.info.run_id
     )
-    for name, value in getattr(params, stage).model_dump().items():
-        store.log_param(made.info.run_id, f"{stage}.{name}", value)
     try:
         yield logger
     except BaseException:
-        store.set_terminated(made.info.run_id, "FAILED")
+        with suppress(MlflowException):  # a store that fails must not hide the fault itself
+            store.set_terminated(made.info.run_id, "FAILED")
         raise
     store.set_terminated(made.info.run_id, "FINISHED")
 

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ pytestmark = pytest.mark.pipeline
 ORDER = ["ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
          "train.fit", "train.evaluate", "train.package",
          "deploy.score", "deploy.drift"]  # fmt: skip
+OUTS = {
+    "ingest.load": ["data/events"], "ingest.validate": ["data/accepted", "data/quarantine"],
+    "ingest.featurize": ["data/features"], "train.fit": ["models/fit"],
+    "train.evaluate": ["reports/evaluate/verdict.json"], "train.package": ["models/bundle"],
+    "deploy.score": ["data/predictions"], "deploy.drift": ["reports/drift/verdict.json"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -69,18 +76,12 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
 
 def test_a_stage_killed_at_any_moment_leaves_nothing_half_written(small: Checkout) -> None:
     """kill -9 while a stage writes; the stage, run again, goes on as if nothing had been."""
-    outs = {
-        "ingest.load": ["data/events"], "ingest.validate": ["data/accepted", "data/quarantine"],
-        "ingest.featurize": ["data/features"], "train.fit": ["models/fit"],
-        "train.evaluate": ["reports/evaluate/verdict.json"], "train.package": ["models/bundle"],
-        "deploy.score": ["data/predictions"], "deploy.drift": ["reports/drift/verdict.json"],
-    }  # fmt: skip
     for name in ORDER:
         process = small.start(f"pipelines.{name}")
         _wait_until_writing(process, small.folder)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        left = {out: _content(small.folder / out) for out in outs.get(name, [])}
+        left = {out: _content(small.folder / out) for out in OUTS.get(name, [])}
         ended = small.run(f"pipelines.{name}")
         assert ended.status == 0, ended
         for out, content in left.items():
@@ -107,33 +108,48 @@ def _wait_until_writing(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Path:
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
-        check=False,
-        capture_output=True,
-    )
-    if mounted.returncode != 0:
+def small_disk(checkout: Checkout, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 megabytes that holds everything a checkout makes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system needs root")
-    yield folder  # type: ignore[misc]
-    subprocess.run(["umount", str(folder)], check=True)
+    for name in ("data", "models", "reports", ".state"):
+        (disk / name).mkdir()
+        (checkout.folder / name).symlink_to(disk / name)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(
-    checkout: Checkout, full_disk: Path
+    small: Checkout, small_disk: Path
 ) -> None:
-    (checkout.folder / "data").symlink_to(full_disk)
-    ended = checkout.run("pipelines.ingest.fetch")
-    assert ended.status == 1, ended
-    assert "fetch: fault: no space left on the disk while writing data/raw/" in ended.err
-    assert "Traceback" not in ended.err
-    for path in (full_disk / "raw").rglob("*.csv"):
-        assert (
-            path.read_bytes()
-            == (checkout.source / path.relative_to(full_disk / "raw")).read_bytes()
-        )
-    (checkout.folder / "data").unlink()
-    assert checkout.run("pipelines.ingest.fetch").status == 0
+    """Every stage on a disk with little room left, and again once there is room."""
+    for name in [*ORDER, "deploy.register"]:
+        filler = small_disk / "filler"
+        _fill(filler, but=48 * 1024)
+        ended = small.run(f"pipelines.{name}")
+        stage = name.partition(".")[2]
+        assert ended.status == 1, (name, ended)
+        said = ended.err.splitlines()[-1]
+        full = f"{stage}: fault: no space left on the disk while writing "
+        assert said.startswith(full), (name, ended)
+        assert len(said) > len(full) + 4
+        assert "Traceback" not in ended.err, ended
+        for out in OUTS.get(name, []):
+            assert not (small.folder / out).exists(), f"{name} left half of {out}"
+        for path in (small.folder / "data" / "raw").rglob("*.csv"):
+            copied = small.source / path.relative_to(small.folder / "data" / "raw")
+            assert path.read_bytes() == copied.read_bytes()
+        assert not list(small_disk.rglob(".*.partial")), name
+        filler.unlink()
+        again = small.run(f"pipelines.{name}")
+        assert again.status == 0, (name, again)
+
+
+def _fill(path: Path, but: int) -> None:
+    """Leave only so many bytes of the disk."""
+    free = shutil.disk_usage(path.parent).free
+    with path.open("wb") as file:
+        file.write(bytes(free - but))

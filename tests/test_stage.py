@@ -133,3 +133,18 @@ def test_help_says_what_comes_in_and_goes_out(module: str) -> None:
     for part in ("in:", "out:", "run:"):
         assert f"\n{part}" in doc
     assert "stage.main(run)" in source
+
+
+def test_a_full_disk_in_an_engine_names_the_place(tmp_path: Path) -> None:
+    """An engine tells of it in text, inside errors of its own."""
+    with pytest.raises(OSError, match="space") as raised, stage.fresh(tmp_path / "out"):
+        raise RuntimeError("execution failed: IO error: No space left on device (os error 28)")
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        stage.write_json(tmp_path / "value.json", "\ud800")
+    assert list(tmp_path.iterdir()) == []

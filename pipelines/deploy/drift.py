@@ -39,8 +39,8 @@ def run(params: Params) -> None:
     report = compare(reference, window, contract)
     measured = measure(report, reference, window)
     outcome = judge(measured, params.drift)
-    REPORT.mkdir(parents=True, exist_ok=True)
-    report.save_html(str(REPORT / "report.html"))
+    with stage.whole(REPORT / "report.html") as partial:
+        report.save_html(str(partial))
     stage.write_json(REPORT / "verdict.json", outcome)
     stage.say("drift", "; ".join(outcome["reasons"]) or "no drift")
 

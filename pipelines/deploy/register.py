@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import bundle, stage, tracking
+from pipelines.errors import naming
 from pipelines.params import Params
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def run(params: Params) -> None:
     version = find(store, name, digest)
     new = version is None
     if version is None:
-        version = create(store, experiment, name, digest, contract)
+        with naming(params.tracking.artifacts):
+            version = create(store, experiment, name, digest, contract)
     drop_younger(store, name, digest, version)
     aliases = settle(store, name, version, passed=contract["passed"])
     entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}

@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines import tables
+from pipelines.errors import naming
 
 
 @contextmanager
@@ -63,9 +64,9 @@ def write_months(
     holds one month.
     """
     path = str(scratch.resolve())
-    frame.withColumn("_month", F.date_format(time, "yyyy-MM")).write.partitionBy("_month").parquet(
-        path
-    )
+    monthly = frame.withColumn("_month", F.date_format(time, "yyyy-MM"))
+    with naming(scratch):
+        monthly.write.partitionBy("_month").parquet(path)
     stored = frame.sparkSession.read.parquet(path)
     names = sorted(row["_month"] for row in stored.select("_month").distinct().collect())
     counts = []

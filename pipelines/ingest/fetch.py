@@ -43,7 +43,8 @@ def run(params: Params) -> None:
     for file in files:
         if not _present(file):
             copied += 1
-            _write_whole(RAW / file.name, _content(file))
+            with stage.whole(RAW / file.name) as partial:
+                partial.write_bytes(_content(file))
     removed = _prune({file.name for file in files})
     stage.say(
         "fetch",
@@ -226,18 +227,6 @@ def _content(file: SourceFile) -> bytes:
     if file.md5 is not None and _md5(content) != file.md5:
         raise UserError(f"{file.name} changed in the source while it was read; run again")
     return content
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        error.filename = str(target)  # a failed write does not name its file
-        raise
 
 
 def _prune(names: set[str]) -> int:

@@ -18,7 +18,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipelines import stage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, naming
 from pipelines.ingest.fetch import RAW
 from pipelines.params import Params, Table
 
@@ -59,7 +59,9 @@ def _type(name: str, table: Table, folder: Path) -> int:
     rows = 0
     for path in files(name, table):
         typed = read(path, table)
-        pq.write_table(typed, folder / f"{path.stem}.parquet", compression="none")
+        target = folder / f"{path.stem}.parquet"
+        with naming(target):
+            pq.write_table(typed, target, compression="none")
         rows += typed.num_rows
     return rows
 

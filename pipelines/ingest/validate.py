@@ -11,7 +11,10 @@ is about the table: a breach stops the run. An expectation that raised is a faul
 """
 
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +51,8 @@ def run(params: Params) -> None:
             "validate",
             f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events",
         )
-        result = check(events, suite, params.dataset.key, docs=REPORT / "data_docs")
+        with stage.fresh(REPORT / "data_docs") as docs:
+            result = check(events, suite, params.dataset.key, docs)
     stop_on_table_breach(result)
     reasons = broken_rows(result, params.dataset.key)
     total = tables.count(EVENTS)
@@ -119,10 +123,27 @@ def check(
         )
     )
     outcome = checkpoint.run(batch_parameters={"dataframe": frame})
-    context.build_data_docs()
+    with pages_or_error():
+        context.build_data_docs()
     (result,) = outcome.run_results.values()
     raise_on_exception(result)
     return result
+
+
+@contextmanager
+def pages_or_error() -> Iterator[None]:
+    """Great Expectations logs what keeps it from writing a page, traceback and all, and goes on."""
+
+    class Raised(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError(f"Data Docs: {record.getMessage().partition('follows:')[2]}")
+
+    log, handler = logging.getLogger("great_expectations.render"), Raised(logging.ERROR)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def raise_on_exception(result: "ExpectationSuiteValidationResult") -> None:

@@ -4,10 +4,13 @@ Shapes: codes (rows, categories) int32, 0 for missing or unseen; numbers (rows, 
 NaN for missing; labels (rows,) float32.
 """
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from pipelines import tables
-from pipelines.errors import UserError
+from pipelines.errors import UserError, naming
 
 FEATURES = Path("data/features")
 RARE = 20  # fewer train rows than this teach an embedding nothing
@@ -115,9 +118,7 @@ def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATU
             f"{source}: no {split} row; check featurize.test_days and val_days against as_of"
         )
     outs = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.npy", "w+", dtype=kind, shape=(total, *shape)
-        )
+        name: _mapped(folder / f"{name}.npy", kind, (total, *shape))
         for name, kind, shape in (*wanted, ("labels", np.float32, ()))
     }
     start = 0
@@ -133,6 +134,18 @@ def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATU
     return Rows(folder)
 
 
+def _mapped(path: Path, kind: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """A new memory-mapped array whose space on disk is taken: a write to mapped memory that the
+    disk cannot hold kills the process.
+    """
+    with naming(path):
+        out = np.lib.format.open_memmap(path, "w+", dtype=kind, shape=shape)
+        if sys.platform != "darwin":  # macOS has no call for it
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out
+
+
 def _count(file: Path, split: str) -> int:
     import pyarrow.parquet as pq
 
@@ -144,8 +157,7 @@ def _count(file: Path, split: str) -> int:
 def encode(encoder: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> Rows:
     """The same rows with their numbers encoded, on disk: done once, not once an epoch."""
     width = encoder(torch.zeros(1, rows.arrays[1].shape[1])).shape[1]
-    path = rows.folder / "encoded.npy"
-    out = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(len(rows), width))
+    out = _mapped(rows.folder / "encoded.npy", np.float32, (len(rows), width))
     start = 0
     for _, numbers, labels in rows.batches():
         out[start : start + len(labels)] = encoder(numbers).numpy()

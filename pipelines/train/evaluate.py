@@ -281,8 +281,8 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     right.set(title="AUC by slice (line: all test rows)", xlim=(0.5, 1))
     right.tick_params(axis="y", labelsize=7)
     right.invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with stage.whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
 
 

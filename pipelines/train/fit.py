@@ -20,6 +20,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from pipelines import stage, tracking
+from pipelines.errors import naming
 from pipelines.params import Fit, Params
 from pipelines.train import data, fitted, models
 from pipelines.train.data import Encoding, Rows
@@ -73,7 +74,8 @@ def train_network(
         log_every_n_steps=10,
     )
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
-    trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
+    with naming(scratch / "checkpoints"):
+        trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
     return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
 

@@ -1,6 +1,8 @@
 """fit learns a known law, repeats byte for byte, and tells MLflow."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -91,3 +93,19 @@ def test_a_rank_is_the_share_of_rows_below() -> None:
 
 def test_the_table_of_models_names_the_default(features: Checkout) -> None:
     assert features.params().fit.model in models.HEADS
+
+
+def test_a_disk_too_small_for_the_arrays_is_an_error_that_names_the_file(
+    features: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a byte of the array is written: mapped memory the disk cannot hold kills a process."""
+    names = features.params().dataset.features
+    encoding = data.learn(names.categories, names.numbers)
+
+    def full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with stage.scratch("test") as scratch, pytest.raises(OSError, match="space") as raised:
+        data.materialise(encoding, "train", scratch)
+    assert raised.value.filename.endswith("train/codes.npy")
