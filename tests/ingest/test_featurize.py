@@ -1,15 +1,18 @@
 """featurize: point in time. What comes later changes nothing that was."""
 
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from world import Checkout
 
 from pipelines import tables
-from pipelines.ingest import featurize, fetch, load
+from pipelines.ingest import datasets, featurize, fetch, load
 
+DATASETS = Path("pipelines/ingest/datasets")
 JAVA = shutil.which("java") is not None
 
 
@@ -41,9 +44,74 @@ def test_cutting_the_future_off_changes_nothing_in_the_past(checkout: Checkout, 
         assert repr(row) == repr(later[name])
 
 
-def _by_key(features: pa.Table, key: list[str]) -> dict[tuple[object, ...], dict[str, object]]:
+def _by_key(features: pa.Table, key: list[str]) -> dict[tuple[object, ...], dict[str, Any]]:
     rows = features.drop_columns(["split"]).to_pylist()
     return {tuple(row[column] for column in key): row for row in rows}
+
+
+# Moments in the morning's rush, on a grid of ten minutes and off it, and in the evening.
+MOMENTS = [
+    datetime(2013, 2, 4, 13, tzinfo=UTC),
+    datetime(2013, 2, 15, 20, 25, tzinfo=UTC),
+    datetime(2013, 2, 21, 1, 3, tzinfo=UTC),
+]
+
+
+def test_no_feature_holds_an_outcome_of_after_it_was_asked(checkout: Checkout) -> None:
+    """Outcomes of after a moment may be anything, a row's own included: its features stay."""
+    checkout.set(as_of="2013-03-01", featurize={"test_days": 5, "val_days": 5})
+    events = _loaded(checkout)
+    assert _told_by_the_future(checkout, events) == set()
+
+
+@pytest.mark.parametrize("leak", ["f.air_time - f.block_minutes", "f.dep_delay"])
+def test_a_feature_that_holds_its_own_outcome_is_found(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    checkout.set(as_of="2013-03-01", featurize={"test_days": 5, "val_days": 5})
+    events = _loaded(checkout)
+    monkeypatch.setattr(datasets, "__file__", str(checkout.folder / DATASETS / "__init__.py"))
+    sql = checkout.folder / DATASETS / "flights" / "features.sql"
+    line = "t.delay as tail_delay"
+    assert line in sql.read_text()
+    sql.write_text(sql.read_text().replace(line, f"{leak} as tail_delay"))
+    assert _told_by_the_future(checkout, events) == {"tail_delay"}
+
+
+def _told_by_the_future(checkout: Checkout, events: pa.Table) -> set[str]:
+    """The features that change where only outcomes of after a moment change, in rows asked by
+    then.
+    """
+    key, names = checkout.params().dataset.key, checkout.params().dataset.features.names
+    right = _by_key(_featurized(checkout, events), key)
+    told = set()
+    for moment in MOMENTS:
+        changed = _by_key(_featurized(checkout, _altered(events, moment)), key)
+        assert any(repr(changed[name]["label"]) != repr(right[name]["label"]) for name in right)
+        asked = [name for name, row in right.items() if row["prediction_time"] <= moment]
+        assert any(moment - right[name]["prediction_time"] < timedelta(hours=2) for name in asked)
+        told |= {
+            feature
+            for name in asked
+            for feature in (*names, "known_at")
+            if repr(right[name][feature]) != repr(changed[name][feature])
+        }
+    return told
+
+
+def _altered(events: pa.Table, moment: datetime) -> pa.Table:
+    """Every outcome that became known after `moment` is another, known later than before."""
+    rows = events.to_pylist()
+    for row in rows:
+        for at, outcomes in (
+            ("departed_at", ["dep_delay"]),
+            ("arrived_at", ["arr_delay", "air_time"]),
+        ):
+            if row[at] is not None and row[at] > moment:
+                row[at] += timedelta(minutes=53)
+                for name in outcomes:
+                    row[name] += 53
+    return pa.Table.from_pylist(rows, events.schema)
 
 
 def test_no_row_knows_what_comes_after_its_prediction_time(checkout: Checkout) -> None:
