@@ -134,7 +134,7 @@ def _figure(figure: dict[str, float]) -> str:
 def _watch(version: dict[str, Any]) -> list[str]:
     drift = stage.read_json(REPORTS / "drift" / "verdict.json")
     said = "; ".join(drift["reasons"]) if drift["drift"] else "none"
-    features = len(drift["drifted_features"])
+    features = len(drift["drifted_features"]) + len(drift["empty_features"])
     return [
         "",
         f"  drift       {said} ({features} features moved)",

@@ -7,15 +7,18 @@ run:  dvc repro drift
 
 Compares the newest rows that were scored with the bundle's reference: validation rows, which the
 model was tuned on and never fitted to. Performance, predictions and labels decide.
-Features are counted, but decide nothing: weather moves with every season.
+Features are counted, but decide nothing: weather moves with every season. One that is empty in
+either table is named, and left out of the page.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
@@ -36,8 +39,9 @@ def run(params: Params) -> None:
         "drift",
         f"{reference.num_rows:,} reference rows against {window.num_rows:,} of the newest window",
     )
-    report = compare(reference, window, contract)
-    measured = measure(report, reference, window)
+    empty = [c["name"] for c in contract["columns"] if _empty(c["name"], reference, window)]
+    report = compare(reference, window, contract, empty)
+    measured = measure(report, reference, window) | {"empty_features": empty}
     outcome = judge(measured, params.drift)
     with stage.whole(REPORT / "report.html") as partial:
         report.save_html(str(partial))
@@ -45,8 +49,17 @@ def run(params: Params) -> None:
     stage.say("drift", "; ".join(outcome["reasons"]) or "no drift")
 
 
-def compare(reference: pa.Table, window: pa.Table, contract: dict[str, Any]) -> "Snapshot":
-    """Evidently's drift of every feature and of the prediction.
+def _empty(name: str, *tables: pa.Table) -> bool:
+    """Whether one of the tables holds no value of the column: then nothing measures how far it
+    moved.
+    """
+    return any(pc.all(pc.is_null(table[name], nan_is_null=True)).as_py() for table in tables)
+
+
+def compare(
+    reference: pa.Table, window: pa.Table, contract: dict[str, Any], empty: Sequence[str] = ()
+) -> "Snapshot":
+    """Evidently's drift of the prediction and of every feature but the empty ones.
 
     Importing it takes seconds: only here.
     """
@@ -56,10 +69,9 @@ def compare(reference: pa.Table, window: pa.Table, contract: dict[str, Any]) -> 
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
 
-    categories = [c["name"] for c in contract["columns"] if c["type"] == "string"]
-    numbers = [c["name"] for c in contract["columns"] if c["type"] != "string"] + [
-        bundle.PREDICTION
-    ]
+    columns = [c for c in contract["columns"] if c["name"] not in empty]
+    categories = [c["name"] for c in columns if c["type"] == "string"]
+    numbers = [c["name"] for c in columns if c["type"] != "string"] + [bundle.PREDICTION]
     definition = DataDefinition(categorical_columns=categories, numerical_columns=numbers)
     frames = (table.select(categories + numbers).to_pandas() for table in (window, reference))
     current, base = (Dataset.from_pandas(frame, definition) for frame in frames)

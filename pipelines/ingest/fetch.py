@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.params import Dataset, Params
 
 RAW = Path("data/raw")
-MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
+MONTH = re.compile(r"[1-9]\d{3}-(0[1-9]|1[0-2])\.csv")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def listing(params: Params) -> list[SourceFile]:
     if source == "sample":
         return list(_sample(params.dataset))
     names = _s3(source) if source.startswith("s3://") else _folder(Path(source))
-    files = [file for file in names if _belongs(file.name, params.dataset)]
+    files = [file for file in names if _belongs(file.name, params)]
     for name, table in params.dataset.tables.items():
         expected = f"{name}.csv" if table.batch is None else f"{name}/<year>-<month>.csv"
         if not any(file.name.partition("/")[0] in (name, f"{name}.csv") for file in files):
@@ -77,7 +77,7 @@ def listing(params: Params) -> list[SourceFile]:
 def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
     """The files whose month begins before as_of.
 
-    Raises UserError where a month between is missing.
+    Raises UserError where a month between is missing, or the newest that another table has.
     """
     zone = ZoneInfo(params.dataset.timezone)
     kept: list[SourceFile] = []
@@ -104,6 +104,14 @@ def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
             raise UserError(
                 f"{params.fetch.source}/{table}/{_after(gap)}.csv is missing; later months exist"
             )
+    ends = {months[-1]: table for table, months in by_table.items()}
+    newest = max(ends, default="")
+    for last, table in ends.items():
+        if last != newest:
+            raise UserError(
+                f"{params.fetch.source}/{table}/{_after(last)}.csv is missing; "
+                f"{ends[newest]} has months up to {newest}"
+            )
     return kept
 
 
@@ -112,12 +120,24 @@ def _after(month: str) -> str:
     return f"{year + number // 12:04}-{number % 12 + 1:02}"
 
 
-def _belongs(name: str, dataset: Dataset) -> bool:
-    table, _, month = name.removesuffix(".csv").partition("/")
-    spec = dataset.tables.get(table)
-    if spec is None or not name.endswith(".csv"):
+def _belongs(name: str, params: Params) -> bool:
+    """Whether a file is of a table of the dataset.
+
+    Raises UserError for one in the folder of a batched table that is no month: nobody would miss
+    its rows. Names that begin with a dot or an underscore are notes of other tools.
+    """
+    table, folder, file = name.partition("/")
+    spec = params.dataset.tables.get(table if folder else name.removesuffix(".csv"))
+    if spec is None or (spec.batch is None) == bool(folder) or file.startswith((".", "_")):
         return False
-    return not month if spec.batch is None else MONTH.fullmatch(month) is not None
+    if not folder or not file:
+        return name.endswith(".csv")
+    if not MONTH.fullmatch(file):
+        raise UserError(
+            f"{params.fetch.source}/{name} is no month of {table}; "
+            f"expected {table}/<year>-<month>.csv, such as {table}/2013-05.csv"
+        )
+    return True
 
 
 def _folder(folder: Path) -> Iterator[SourceFile]:
@@ -125,7 +145,10 @@ def _folder(folder: Path) -> Iterator[SourceFile]:
         raise UserError(
             f"fetch.source: {folder} is not a folder; expected sample, a folder or s3://bucket/prefix"
         )
-    for path in sorted(folder.glob("*.csv")) + sorted(folder.glob("*/*.csv")):
+    for path in sorted(folder.glob("*.csv")) + sorted(folder.glob("*/*")):
+        is_text = path.suffix == ".csv"
+        if not is_text and not path.is_file():
+            continue
 
         def read(path: Path = path) -> bytes:
             try:
@@ -133,7 +156,8 @@ def _folder(folder: Path) -> Iterator[SourceFile]:
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
-        yield SourceFile(path.relative_to(folder).as_posix(), _md5(read()), read)
+        md5 = _md5(read()) if is_text else None  # others are only named
+        yield SourceFile(path.relative_to(folder).as_posix(), md5, read)
 
 
 def _s3(url: str) -> Iterator[SourceFile]:
@@ -142,13 +166,15 @@ def _s3(url: str) -> Iterator[SourceFile]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UserError(f"fetch.source: {url} names no bucket; expected s3://bucket/prefix")
     prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
     client = boto3.client("s3")
     try:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [item for page in pages for item in page.get("Contents", [])]
     except (BotoCoreError, ClientError) as error:
-        raise UserError(f"{url} cannot be listed: {error}") from None
+        raise UserError(f"{url} cannot be listed: {' '.join(str(error).split())}") from None
     for item in objects:
         key, etag = item["Key"], item["ETag"].strip('"')
 

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from world import Checkout
 
+from pipelines import bundle, stage, tables
 from pipelines.deploy import drift
 from pipelines.params import Params
 
@@ -46,4 +50,27 @@ def test_weather_alone_is_no_drift(params: Params, scores: dict[str, float]) -> 
 
 def test_a_window_of_one_class_has_no_auc_and_still_a_verdict(params: Params) -> None:
     verdict = drift.judge(CALM | {"auc": {"reference": 0.75, "window": None}}, params.drift)
+    assert verdict["drift"] is False
+
+
+def test_a_feature_that_is_empty_in_one_table_is_named(checkout: Checkout) -> None:
+    """A sensor that fell silent is no fault of the stage."""
+    random = np.random.default_rng(0)
+    columns: dict[str, Any] = {
+        name: random.normal(size=400) for name in ("temp", "humid", "precip", bundle.PREDICTION)
+    }
+    columns |= {"carrier": random.choice(["UA", "B6"], 400), "plane": ["A320"] * 400}
+    columns |= {"label": random.integers(0, 2, 400), bundle.PREDICTION: random.random(400)}
+    reference = pa.table(columns | {"plane": pa.nulls(400, pa.string())})
+    window = pa.table(columns | {"temp": pa.nulls(400, pa.float32()), "precip": [np.nan] * 400})
+    tables.write(reference, bundle.FOLDER / bundle.REFERENCE)
+    tables.write(window, drift.PREDICTIONS / "2013-05.parquet")
+    kinds = {"temp": "float32", "humid": "float32", "precip": "float32", "carrier": "string",
+             "plane": "string"}  # fmt: skip
+    contract = {"columns": [{"name": name, "type": kind} for name, kind in kinds.items()]}
+    stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
+    drift.run(checkout.params())
+    verdict = stage.read_json(drift.REPORT / "verdict.json")
+    assert verdict["empty_features"] == ["temp", "precip", "plane"]
+    assert verdict["drifted_features"] == {}
     assert verdict["drift"] is False

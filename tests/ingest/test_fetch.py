@@ -1,6 +1,7 @@
 """fetch copies what is new, before the clock, whole; every source gives the same files."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,10 @@ def test_a_future_month_is_never_read(checkout: Checkout) -> None:
             lambda s: (s / "flights" / "2013-03.csv").unlink(),
             r"flights/2013-03\.csv is missing; later months",
         ),
+        (
+            lambda s: (s / "flights" / "2013-05.csv").unlink(),
+            r"flights/2013-05\.csv is missing; weather has months up to 2013-05",
+        ),
         (lambda s: (s / "planes.csv").unlink(), r"table planes is missing; expected planes\.csv"),
         (lambda s: [p.unlink() for p in (s / "weather").iterdir()], "table weather is missing"),
         (
@@ -90,6 +95,25 @@ def test_a_future_month_is_never_read(checkout: Checkout) -> None:
 def test_a_broken_folder_is_one_line(checkout: Checkout, spoil: object, said: str) -> None:
     spoil(checkout.source)  # type: ignore[operator]
     with pytest.raises(UserError, match=said):
+        fetch.run(checkout.params())
+
+
+@pytest.mark.parametrize("name", ["2013-5.csv", "2013-05.csv.gz", "2013-05.CSV", "may.csv"])
+def test_a_file_that_is_no_month_is_named(checkout: Checkout, name: str) -> None:
+    """Nobody would miss its rows."""
+    folder = checkout.source / "flights"
+    (folder / "2013-05.csv").rename(folder / name)
+    with pytest.raises(UserError, match=f"flights/{re.escape(name)} is no month of flights; exp"):
+        fetch.run(checkout.params())
+    (folder / name).rename(folder / "2013-05.csv")
+    for other in (".DS_Store", "_SUCCESS"):
+        (folder / other).touch()
+    fetch.run(checkout.params())
+
+
+def test_a_bucket_without_a_name_is_one_line(checkout: Checkout) -> None:
+    checkout.set(fetch={"source": "s3://"})
+    with pytest.raises(UserError, match=r"fetch\.source: s3:// names no bucket; expected s3://b"):
         fetch.run(checkout.params())
 
 
