@@ -6,10 +6,13 @@ run:  make run
 """
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +48,47 @@ def main() -> int:
     started = time.time()
     try:
         params = parameters.load()
-        # The sample changes with its package only.
-        asked = params.fetch.source != "sample" and fetch.RAW.is_dir()
-        if asked and fetch.changed(params):
-            stage.say("run", f"{params.fetch.source} differs from what was fetched")
-            _dvc("--force", "--single-item", "fetch")
-        _dvc()
-        digest = stage.digest(bundle.FOLDER)
-        entry = register.record(params, digest)
-        if not (tracking.exists(params) and entry.is_file()):
-            _call([sys.executable, "-m", "pipelines.deploy.register"])
-        print(screen(params, started, stage.read_json(entry)))
+        with alone():
+            run(params, started)
     except UserError as error:
         print(f"run: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError:
         # A stage that was killed, or never started, left no status: that is a fault.
         return max((use["status"] for use in usage(started).values()), default=0) or 1
+    except KeyboardInterrupt:
+        print("run: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold the checkout. Raises UserError where another run holds it."""
+    stage.STATE.mkdir(exist_ok=True)
+    with (stage.STATE / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is at work in {Path.cwd()}; start again when it has ended"
+            ) from None
+        yield
+
+
+def run(params: Params, started: float) -> None:
+    """Every stale stage, then register, then the screen."""
+    # The sample changes with its package only.
+    asked = params.fetch.source != "sample" and fetch.RAW.is_dir()
+    if asked and fetch.changed(params):
+        stage.say("run", f"{params.fetch.source} differs from what was fetched")
+        _dvc("--force", "--single-item", "fetch")
+    _dvc()
+    digest = stage.digest(bundle.FOLDER)
+    entry = register.record(params, digest)
+    if not (tracking.exists(params) and entry.is_file()):
+        _call([sys.executable, "-m", "pipelines.deploy.register"])
+    print(screen(params, started, stage.read_json(entry)))
 
 
 def _dvc(*options: str) -> None:
@@ -76,7 +102,14 @@ def _call(command: list[str]) -> None:
         "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
     }
-    subprocess.run(command, check=True, env=env)
+    with subprocess.Popen(command, env=env) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reached it too: it ends by itself, and its stage cleans up
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def usage(since: float) -> dict[str, dict[str, Any]]:
@@ -98,7 +131,7 @@ def screen(params: Params, started: float, version: dict[str, Any]) -> str:
         if ran
         else f"Nothing changed, nothing ran ({spent:.1f} s)"
     )
-    parts = [head, *_data(), *_quality(), *_watch(version), *_cost(ran), *_where(params)]
+    parts = [head, *_data(), *_quality(), *_watch(params, version), *_cost(ran), *_where(params)]
     return "\n".join(["", *parts])
 
 
@@ -131,7 +164,7 @@ def _figure(figure: dict[str, float]) -> str:
     return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
 
-def _watch(version: dict[str, Any]) -> list[str]:
+def _watch(params: Params, version: dict[str, Any]) -> list[str]:
     drift = stage.read_json(REPORTS / "drift" / "verdict.json")
     said = "; ".join(drift["reasons"]) if drift["drift"] else "none"
     features = len(drift["drifted_features"]) + len(drift["empty_features"])
@@ -139,8 +172,20 @@ def _watch(version: dict[str, Any]) -> list[str]:
         "",
         f"  drift       {said} ({features} features moved)",
         f"  bundle      {version['bundle'][:12]}, {version['model']} version {version['version']}, "
-        f"{' and '.join(version['aliases']) or 'no alias'}",
+        f"{_aliases(params, version)}",
     ]
+
+
+def _aliases(params: Params, version: dict[str, Any]) -> str:
+    """As the registry has them now: people move them, and release does."""
+    store, _ = tracking.client(params)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        held = register.aliases_of(store, version["model"], str(version["version"]))
+    except MlflowException:
+        return "aliases unknown: the registry does not answer"
+    return " and ".join(held) or "no alias"
 
 
 def _cost(ran: dict[str, dict[str, Any]]) -> list[str]:
@@ -154,14 +199,27 @@ def _cost(ran: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _where(params: Params) -> list[str]:
+    # The site's index wants the network; the page of the validation is read without.
+    docs = next((REPORTS / "validate" / "data_docs").glob("validations/**/*.html"), None)
+    pages = [
+        _page("evaluate", REPORTS / "evaluate" / "evaluate.png"),
+        _page("validate", REPORTS / "validate" / "data_docs", docs),
+        _page("drift", REPORTS / "drift" / "report.html"),
+    ]
     return [
         "",
-        "  look at     " + str(REPORTS / "evaluate" / "evaluate.png"),
-        "              " + str(REPORTS / "validate" / "data_docs" / "index.html"),
-        "              " + str(REPORTS / "drift" / "report.html"),
+        f"  look at     {pages[0]}",
+        *(f"              {page}" for page in pages[1:]),
         "              runs and versions, on http://127.0.0.1:5000:",
         f"              .venv/bin/mlflow server --backend-store-uri {params.tracking.uri}",
     ]
+
+
+def _page(name: str, noted: Path, shown: Path | None = None) -> str:
+    """Where to look, or how to make the page again where it is of another run or gone."""
+    if stage.is_page_of(noted, REPORTS / name / "verdict.json"):
+        return str(shown or noted)
+    return f"{noted} is not of this run; make it: dvc repro --force --single-item {name}"
 
 
 if __name__ == "__main__":

@@ -158,6 +158,33 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def page(path: Path, verdict: Path) -> Iterator[None]:
+    """Note beside a page, which the block writes, to which verdict it belongs.
+
+    DVC brings a verdict back from its cache, and no page.
+    """
+    note = _note(path)
+    note.unlink(missing_ok=True)
+    yield
+    with whole(note) as partial:
+        partial.write_text(_sha256(verdict) + "\n")
+
+
+def is_page_of(path: Path, verdict: Path) -> bool:
+    """Whether the page was made with the verdict as it is."""
+    note = _note(path)
+    return path.exists() and note.is_file() and note.read_text().strip() == _sha256(verdict)
+
+
+def _note(page: Path) -> Path:
+    return page.with_name(f"{page.name}.verdict")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that an earlier stage wrote."""
     try:
@@ -169,7 +196,7 @@ def read_json(path: Path) -> Any:
 def digest(folder: Path) -> str:
     """The name of a folder's content: SHA-256 over the sorted names and digests of its files."""
     lines = [
-        f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+        f"{file.relative_to(folder).as_posix()} {_sha256(file)}\n"
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]

@@ -1,5 +1,6 @@
 """The whole way on a small world: runs, the same lock twice, killed stages, a full disk."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from world import ROOT, Checkout
+
+from pipelines import tracking
 
 pytestmark = pytest.mark.pipeline
 ORDER = ["ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
@@ -44,15 +47,31 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     first = small.run("pipelines.run")
     assert first.status == 0, first
     for said in ("in quarantine", "gradient boosting", "calibration error", "drift ",
-                 "flights version 1", "peak MB", "index.html", "mlflow server"):  # fmt: skip
+                 "flights version 1, challenger", "peak MB", "engine-flights.html",
+                 "mlflow server"):  # fmt: skip
         assert said in first.out
     assert "Traceback" not in first.out + first.err
     lock = (small.folder / "dvc.lock").read_bytes()
 
+    store, _ = tracking.client(small.params())
+    store.set_registered_model_alias("flights", "approved", "1")
     second = small.run("pipelines.run")
     assert second.status == 0, second
     assert "Nothing changed, nothing ran" in second.out
-    assert "flights version 1" in second.out
+    assert "flights version 1, approved and challenger" in second.out
+    assert "is not of this run" not in second.out
+    assert (small.folder / "dvc.lock").read_bytes() == lock
+
+    # DVC brings a verdict back from its cache, and no page.
+    limit = small.params().drift.max_prediction_drift
+    small.set(drift={"max_prediction_drift": 0.0})
+    assert "is not of this run" not in small.run("pipelines.run").out
+    small.set(drift={"max_prediction_drift": limit})
+    remake = "dvc repro --force --single-item drift"
+    back = small.run("pipelines.run")
+    assert f"reports/drift/report.html is not of this run; make it: {remake}" in back.out
+    assert small.run(remake).status == 0
+    assert "is not of this run" not in small.run("pipelines.run").out
     assert (small.folder / "dvc.lock").read_bytes() == lock
 
     for folder in ("data", "models", "reports", ".state", ".dvc/cache", ".dvc/tmp"):
@@ -72,6 +91,21 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     mended = small.run("pipelines.run")
     assert mended.status == 0, mended
     assert (small.folder / "dvc.lock").read_bytes() == lock
+
+
+def test_a_second_run_waits_its_turn_and_an_interrupted_one_says_so(small: Checkout) -> None:
+    first = small.start("pipelines.run", start_new_session=True)
+    while not (small.folder / ".state" / "run.lock").exists():
+        time.sleep(0.02)
+    time.sleep(2)
+    second = small.run("pipelines.run")
+    assert second.status == 2, second
+    assert second.err.startswith("run: error: another run is at work in ")
+    os.killpg(first.pid, signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130, (out, err)
+    assert err.splitlines()[-1] == "run: interrupted"
+    assert "Traceback" not in out + err
 
 
 def test_a_stage_killed_at_any_moment_leaves_nothing_half_written(small: Checkout) -> None:

@@ -148,3 +148,24 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         stage.write_json(tmp_path / "value.json", "\ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_belongs_to_the_verdict_it_was_made_with(tmp_path: Path) -> None:
+    page, verdict = tmp_path / "page.html", tmp_path / "verdict.json"
+
+    def make(value: int, broken: bool = False) -> None:
+        with stage.page(page, verdict):
+            page.write_text(str(value))
+            if broken:
+                raise RuntimeError
+            stage.write_json(verdict, value)
+
+    make(1)
+    assert stage.is_page_of(page, verdict)
+    stage.write_json(verdict, 2)
+    assert not stage.is_page_of(page, verdict)
+    make(2)
+    assert stage.is_page_of(page, verdict)
+    with pytest.raises(RuntimeError):
+        make(3, broken=True)
+    assert not stage.is_page_of(page, verdict)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from evidently.core.report import Snapshot
 
 PREDICTIONS = Path("data/predictions")
-REPORT = Path("reports/drift")
+PAGE = Path("reports/drift/report.html")
+VERDICT = Path("reports/drift/verdict.json")
 
 
 def run(params: Params) -> None:
@@ -43,9 +44,10 @@ def run(params: Params) -> None:
     report = compare(reference, window, contract, empty)
     measured = measure(report, reference, window) | {"empty_features": empty}
     outcome = judge(measured, params.drift)
-    with stage.whole(REPORT / "report.html") as partial:
-        report.save_html(str(partial))
-    stage.write_json(REPORT / "verdict.json", outcome)
+    with stage.page(PAGE, VERDICT):
+        with stage.whole(PAGE) as partial:
+            report.save_html(str(partial))
+        stage.write_json(VERDICT, outcome)
     stage.say("drift", "; ".join(outcome["reasons"]) or "no drift")
 
 

@@ -35,9 +35,10 @@ def run(params: Params) -> None:
             version = create(store, experiment, name, digest, contract)
     drop_younger(store, name, digest, version)
     aliases = settle(store, name, version, passed=contract["passed"])
-    entry = {"model": name, "version": int(version.version), "aliases": aliases, "bundle": digest}
-    for place in (RECORD, record(params, digest)):
-        stage.write_json(place, entry)
+    entry = {"model": name, "version": int(version.version), "bundle": digest}
+    stage.write_json(RECORD, entry | {"aliases": aliases})
+    # Without aliases: they move, and only the registry knows.
+    stage.write_json(record(params, digest), entry)
     state = "new" if new else "already there"
     stage.say(
         "register",
@@ -126,8 +127,13 @@ def settle(store: "MlflowClient", name: str, version: "ModelVersion", *, passed:
         store.set_registered_model_alias(name, CHAMPION, number)
     elif number not in (str(held) for held in aliases.values()):
         store.set_registered_model_alias(name, CHALLENGER, number)
+    return aliases_of(store, name, number)
+
+
+def aliases_of(store: "MlflowClient", name: str, number: str) -> list[str]:
+    """The aliases of a version as they are now."""
     held = dict(store.get_registered_model(name).aliases)
-    return sorted(alias for alias, number_held in held.items() if str(number_held) == number)
+    return sorted(alias for alias, holder in held.items() if str(holder) == number)
 
 
 if __name__ == "__main__":

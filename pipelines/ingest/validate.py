@@ -3,7 +3,7 @@
 in:   data/events/, expectations/<dataset>.json
 out:  data/accepted/, data/quarantine/ (rows with the expectations they broke),
       reports/validate/verdict.json
-page: reports/validate/data_docs/index.html (Great Expectations; for eyes, not tracked)
+page: reports/validate/data_docs/ (Great Expectations; for eyes, not tracked)
 run:  dvc repro validate
 
 A column expectation without `mostly` is about rows: rows that break it go to quarantine. Any other
@@ -37,11 +37,19 @@ if TYPE_CHECKING:
 
 ACCEPTED = Path("data/accepted")
 QUARANTINE = Path("data/quarantine")
-REPORT = Path("reports/validate")
+DOCS = Path("reports/validate/data_docs")
+VERDICT = Path("reports/validate/verdict.json")
 SUITES = Path("expectations")
 
 
 def run(params: Params) -> None:
+    with stage.page(DOCS, VERDICT):
+        total, apart = divide(params)
+    stage.say("validate", f"{total - apart:,} accepted, {apart:,} in quarantine")
+
+
+def divide(params: Params) -> tuple[int, int]:
+    """Write the page, the two tables and the verdict. Returns the rows, and those in quarantine."""
     from pipelines.ingest import engine
 
     suite = read_suite(params.dataset.name)
@@ -51,7 +59,7 @@ def run(params: Params) -> None:
             "validate",
             f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events",
         )
-        with stage.fresh(REPORT / "data_docs") as docs:
+        with stage.fresh(DOCS) as docs:
             result = check(events, suite, params.dataset.key, docs)
     stop_on_table_breach(result)
     reasons = broken_rows(result, params.dataset.key)
@@ -63,8 +71,8 @@ def run(params: Params) -> None:
             f"{params.validate_.max_quarantine}"
         )
     _divide(reasons, params.dataset.key)
-    stage.write_json(REPORT / "verdict.json", verdict(result, total, len(reasons)))
-    stage.say("validate", f"{total - len(reasons):,} accepted, {len(reasons):,} in quarantine")
+    stage.write_json(VERDICT, verdict(result, total, len(reasons)))
+    return total, len(reasons)
 
 
 def read_suite(dataset: str) -> dict[str, Any]:

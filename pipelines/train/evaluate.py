@@ -30,7 +30,8 @@ from pipelines.train.fitted import Fitted
 if TYPE_CHECKING:
     from pipelines.params import Dataset
 
-REPORT = Path("reports/evaluate")
+PAGE = Path("reports/evaluate/evaluate.png")
+VERDICT = Path("reports/evaluate/verdict.json")
 Labels = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.floating]
 
@@ -69,8 +70,9 @@ def run(params: Params) -> None:
         "reliability": metrics.reliability(label, prediction),
     }
     outcome |= judge(outcome, params.evaluate)
-    draw(outcome, REPORT / "evaluate.png")
-    stage.write_json(REPORT / "verdict.json", outcome)
+    with stage.page(PAGE, VERDICT):
+        draw(outcome, PAGE)
+        stage.write_json(VERDICT, outcome)
     auc, reference = outcome["metrics"]["auc"]["value"], outcome["baseline"]["auc"]["value"]
     verdict = "passed" if outcome["passed"] else "; ".join(outcome["reasons"])
     stage.say("evaluate", f"AUC {auc:.4f}, boosting {reference:.4f}: {verdict}")

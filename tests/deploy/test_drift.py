@@ -70,7 +70,7 @@ def test_a_feature_that_is_empty_in_one_table_is_named(checkout: Checkout) -> No
     contract = {"columns": [{"name": name, "type": kind} for name, kind in kinds.items()]}
     stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
     drift.run(checkout.params())
-    verdict = stage.read_json(drift.REPORT / "verdict.json")
+    verdict = stage.read_json(drift.VERDICT)
     assert verdict["empty_features"] == ["temp", "precip", "plane"]
     assert verdict["drifted_features"] == {}
     assert verdict["drift"] is False

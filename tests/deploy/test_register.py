@@ -63,7 +63,8 @@ def test_the_same_bundle_is_one_version_and_the_next_a_challenger(checkout: Chec
     assert _versions(checkout) == {"1": first}
     assert _aliases(checkout) == {"champion": "1"}
     entry = json.loads(register.record(params, first).read_text())
-    assert entry == {"aliases": ["champion"], "bundle": first, "model": "flights", "version": 1}
+    assert entry == {"bundle": first, "model": "flights", "version": 1}
+    assert json.loads(register.RECORD.read_text()) == entry | {"aliases": ["champion"]}
 
     second = make_bundle(shift=0.1)
     register.run(params)

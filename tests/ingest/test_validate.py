@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from world import Checkout
 
-from pipelines import tables
+from pipelines import stage, tables
 from pipelines.errors import UserError
 from pipelines.ingest import fetch, load, validate
 
@@ -43,9 +43,11 @@ def test_every_row_is_in_exactly_one_place(events: Checkout) -> None:
         for row in table.select(params.dataset.key).to_pylist()
     ]
     assert len(keys) == len(set(keys)) == tables.count(load.EVENTS)
-    verdict = json.loads((validate.REPORT / "verdict.json").read_text())
+    verdict = json.loads((validate.VERDICT).read_text())
     assert verdict["accepted"] + verdict["quarantined"] == verdict["rows"] == len(keys)
-    assert (validate.REPORT / "data_docs" / "index.html").is_file()
+    assert stage.is_page_of(validate.DOCS, validate.VERDICT)
+    (page,) = validate.DOCS.glob("validations/**/*.html")
+    assert reason.partition(":")[0] in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ def test_the_verdict_is_whole_and_repeats(features: Checkout) -> None:
     assert sum(cut["rows"] for cut in first["slices"]["origin"].values()) == first["rows"]["test"]
     names = {*params.dataset.behaviour.raises, *params.dataset.behaviour.missing}
     assert {check["name"] for check in first["behaviour"]} == names
-    assert (evaluate.REPORT / "evaluate.png").stat().st_size > 10_000
+    assert evaluate.PAGE.stat().st_size > 10_000
     evaluate.run(params)
-    assert json.loads((evaluate.REPORT / "verdict.json").read_text()) == first
+    assert json.loads(evaluate.VERDICT.read_text()) == first
 
 
 def test_a_model_not_good_enough_is_told_why(features: Checkout) -> None:
@@ -57,7 +57,7 @@ def test_a_feature_that_holds_the_outcome_fails_the_stage(
     fit.run(features.params())
     with pytest.raises(UserError, match=said):
         evaluate.run(features.params())
-    assert not (evaluate.REPORT / "verdict.json").exists()
+    assert not evaluate.VERDICT.exists()
 
 
 def test_a_canary_that_sings_fails_the_stage(features: Checkout) -> None:
