@@ -17,6 +17,8 @@ help: ## list the verbs
 setup: $(READY) ## make .venv from constraints.txt (the other verbs do it when needed)
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+		"setup: error: $(PYTHON) is Python %d.%d; expected 3.11, 3.12 or 3.13: make PYTHON=python3.13" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
 	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --compile-bytecode \
