@@ -1,5 +1,6 @@
 """`params.yaml`, typed and strict: a key that is unknown, missing or ill-typed is one line."""
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from zoneinfo import available_timezones
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,16 +30,27 @@ def _moment(value: object) -> datetime:
     if not isinstance(value, str):
         raise ValueError('expected a quoted ISO 8601 time such as "2013-12-01"')
     moment = datetime.fromisoformat(value)
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("in UTC this is no year of the calendar") from None
+
+
+def _one(count: int) -> int:
+    if count != 1:
+        raise ValueError("training over several devices is not built; expected 1")
+    return count
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+One = Annotated[int, AfterValidator(_one)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Table(_Block):
@@ -45,9 +58,16 @@ class Table(_Block):
     month.
     """
 
-    batch: list[str] | None
-    key: list[str]
+    batch: Annotated[list[str], Field(min_length=2, max_length=2)] | None
+    key: Names
     columns: dict[str, Literal["int", "float", "string", "timestamp"]]
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> "Table":
+        for name in [*self.key, *(self.batch or [])]:
+            if name not in self.columns:
+                raise ValueError(f"key or batch names {name}, which is none of columns")
+        return self
 
 
 class Group(_Block):
@@ -91,12 +111,13 @@ class Dataset(_Block):
     name: str
     package: str
     timezone: str
-    horizon_minutes: Positive
-    key: list[str]
+    # At most a year.
+    horizon_minutes: Annotated[int, Field(gt=0, le=366 * 24 * 60)]
+    key: Names
     time: str
-    tables: dict[str, Table]
+    tables: Annotated[dict[str, Table], Field(min_length=1)]
     features: Features
-    canary: list[str]
+    canary: Names
     slices: list[str]
     behaviour: Behaviour
 
@@ -109,6 +130,9 @@ class Dataset(_Block):
 
     @model_validator(mode="after")
     def _known_names(self) -> "Dataset":
+        for name, times in Counter(self.features.names).items():
+            if times > 1:
+                raise ValueError(f"features name {name} twice; expected once")
         checked = self.behaviour
         named = [name for added in checked.raises.values() for name in added]
         named += [name for columns in checked.missing.values() for name in columns]
@@ -137,16 +161,17 @@ class Featurize(_Block):
 class Trainer(_Block):
     """The hardware of training, in Lightning's words."""
 
-    accelerator: str
-    devices: Positive
-    nodes: Positive
+    accelerator: Literal["cpu", "gpu", "auto"]
+    devices: One
+    nodes: One
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     threads: Positive
 
 
 class Fit(_Block):
     model: str
-    seed: int
+    # What NumPy takes.
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     batch_size: Positive
     max_epochs: Positive
     patience: Positive
@@ -248,6 +273,17 @@ class Params(_Block):
     tracking: Tracking
     orchestrate: Orchestrate
 
+    @model_validator(mode="after")
+    def _within_the_calendar(self) -> "Params":
+        try:
+            _ = self.window_from, self.val_from
+        except OverflowError:
+            raise ValueError(
+                "score.window_days or featurize.test_days and val_days reach from as_of to before "
+                "the calendar"
+            ) from None
+        return self
+
     @property
     def window_from(self) -> datetime:
         """The first moment of the newest window."""
@@ -267,17 +303,32 @@ class Params(_Block):
 def load(path: Path = FILE) -> Params:
     """Read and check `path`. Raises UserError with one line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise UserError(f"{path} is missing in {Path.cwd()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} is empty; expected the keys {', '.join(Params.model_fields)}")
+        raise UserError(f"{path} is no mapping; expected the keys {', '.join(_keys(Params))}")
     try:
         return Params.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake; by default the last one wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(error: ValidationError) -> str:
@@ -290,19 +341,26 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: missing key; it is required"
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first["input"], dict) else f"; got {first['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{got}"
+    return f"{key}: {message[0].lower()}{message[1:]}{got}".removeprefix(": ")
 
 
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     """The keys allowed in the block that holds `loc`."""
     block: Any = Params
     for part in loc[:-1]:
-        names = {
-            field.alias or name: field for name, field in getattr(block, "model_fields", {}).items()
-        }
-        annotation = names[str(part)].annotation if str(part) in names else block
-        inner = [
-            a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        block = inner[-1] if inner else annotation
+        block = _inside(block, str(part))
+    return _keys(block)
+
+
+def _inside(block: Any, key: str) -> Any:
+    """What stands at `key` of a block, or of a mapping of blocks."""
+    if isinstance(block, type) and issubclass(block, RootModel):
+        block = block.model_fields["root"].annotation
+    if isinstance(block, type) and issubclass(block, BaseModel):
+        fields = {field.alias or name: field for name, field in block.model_fields.items()}
+        return fields[key].annotation
+    return get_args(block)[-1]
+
+
+def _keys(block: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in block.model_fields.items()]

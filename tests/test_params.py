@@ -26,6 +26,45 @@ def test_the_repository_holds_valid_params() -> None:
         ({"fit": {"batch_size": 0}}, "fit.batch_size: input should be greater than 0"),
         ({"dataset": {"timezone": "Mars"}}, "dataset.timezone: expected an IANA time zone"),
         ({"dataset": {"canary": ["moon"]}}, "dataset: canary names moon, which is no group"),
+        ({"dataset": {"canary": []}}, "dataset.canary: list should have at least 1 item"),
+        (
+            {"dataset": {"features": {"schedule": {"colours": []}}}},
+            "dataset.features.schedule.colours: unknown key; allowed here: categories, numbers",
+        ),
+        (
+            {"dataset": {"tables": {"planes": {"colour": 1}}}},
+            "dataset.tables.planes.colour: unknown key; allowed here: batch, key, columns",
+        ),
+        (
+            {"orchestrate": {"tasks": {"fit": {"colour": 1}}}},
+            "orchestrate.tasks.fit.colour: unknown key; allowed here: owner, retries",
+        ),
+        (
+            {"dataset": {"features": {"aircraft": {"categories": ["origin"]}}}},
+            "dataset: features name origin twice; expected once",
+        ),
+        (
+            {"dataset": {"tables": {"planes": {"key": ["wings"]}}}},
+            "dataset.tables.planes: key or batch names wings, which is none of columns",
+        ),
+        (
+            {"dataset": {"tables": {"weather": {"batch": ["year", "moon"]}}}},
+            "dataset.tables.weather: key or batch names moon, which is none of columns",
+        ),
+        ({"dataset": {"tables": {"weather": {"batch": ["year"]}}}}, "should have at least 2 items"),
+        ({"dataset": {"tables": {"planes": {"key": []}}}}, "planes.key: list should have at least"),
+        ({"dataset": {"horizon_minutes": 10**12}}, "dataset.horizon_minutes: input should be less"),
+        ({"featurize": {"test_days": 10**9}}, "featurize.test_days and val_days reach from as_of"),
+        ({"score": {"window_days": 10**6}}, "score.window_days or featurize.test_days"),
+        ({"as_of": "0001-01-01T00:00+05:00"}, "as_of: in UTC this is no year of the calendar"),
+        ({"fit": {"seed": -1}}, "fit.seed: input should be greater than or equal to 0; got -1"),
+        ({"fit": {"learning_rate": float("inf")}}, "fit.learning_rate: input should be a finite"),
+        ({"fit": {"trainer": {"accelerator": "warp"}}}, "'cpu', 'gpu' or 'auto'; got 'warp'"),
+        (
+            {"fit": {"trainer": {"devices": 2}}},
+            "fit.trainer.devices: training over several devices is not built; expected 1; got 2",
+        ),
+        ({"fit": {"trainer": {"nodes": 2}}}, "fit.trainer.nodes: training over several devices"),
         ({"evaluate": {"min_auc": 2}}, "evaluate.min_auc: input should be less than or equal to 1"),
         ({"dataset": {"tables": {"planes": {"columns": {"seats": "number"}}}}}, "'int', 'float'"),
     ],
@@ -45,6 +84,29 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=f"{key}: missing key"):
+        params.load(path)
+
+
+def test_no_table_is_one_line(tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["dataset"]["tables"] = {}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"dataset\.tables: dictionary should have at least 1 item"):
+        params.load(path)
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text() + "\nengine: embedded\n")
+    with pytest.raises(UserError, match=r"params\.yaml .*key engine stands twice .*line \d+"):
+        params.load(path)
+
+
+def test_what_is_no_mapping_names_the_keys_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(UserError, match="expected the keys as_of, engine, fetch, validate, feat"):
         params.load(path)
 
 

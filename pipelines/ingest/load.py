@@ -45,6 +45,13 @@ def run(params: Params) -> None:
                 datasets.sql(params.dataset.name, "events"),
                 args={"as_of": params.as_of, "horizon_minutes": params.dataset.horizon_minutes},
             )
+            named = [*params.dataset.key, params.dataset.time]
+            missing = [name for name in named if name not in frame.columns]
+            if missing:
+                raise UserError(
+                    f"events.sql of {params.dataset.name} gives no column {missing[0]}; "
+                    "dataset.key or time names it"
+                )
             counts = engine.write_months(
                 frame, params.dataset.time, params.dataset.key, out, scratch / "events"
             )

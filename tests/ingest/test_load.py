@@ -124,3 +124,16 @@ def test_nothing_at_or_after_the_clock_is_known(checkout: Checkout) -> None:
     open_rows = [row for row in events.to_pylist() if row["departed_at"] and not row["arrived_at"]]
     assert open_rows
     assert all(row["arr_delay"] is None for row in open_rows)
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": ["scheduled_at", "gate"]}, {"time": "gate"}], ids=["key", "time"]
+)
+def test_a_column_the_sql_does_not_give_is_named(
+    checkout: Checkout, change: dict[str, object]
+) -> None:
+    checkout.set(dataset=change)
+    fetch.run(checkout.params())
+    with pytest.raises(UserError, match=r"events\.sql of flights gives no column gate; dataset"):
+        load.run(checkout.params())
+    assert not load.EVENTS.exists()
