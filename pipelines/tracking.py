@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -101,10 +102,16 @@ def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
 
     store, experiment = client(params)
     with naming(params.tracking.uri):
+        end_killed(store, experiment)
         made = store.create_run(
             experiment,
             run_name=stage,
-            tags={"git_commit": git_commit(), "as_of": params.as_of.isoformat()},
+            tags={
+                "git_commit": git_commit(),
+                "as_of": params.as_of.isoformat(),
+                "host": socket.gethostname(),
+                "process": _process(os.getpid()),
+            },
         )
         for name, value in getattr(params, stage).model_dump().items():
             store.log_param(made.info.run_id, f"{stage}.{name}", value)
@@ -118,6 +125,25 @@ def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
             store.set_terminated(made.info.run_id, "FAILED")
         raise
     store.set_terminated(made.info.run_id, "FINISHED")
+
+
+def end_killed(store: "MlflowClient", experiment: str) -> None:
+    """Mark as killed what still runs here by the store and whose process is gone."""
+    here = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    for run in store.search_runs([experiment], here):
+        process = run.data.tags.get("process", "")
+        if process != _process(int(process.partition(" ")[0] or 0)):
+            store.set_terminated(run.info.run_id, "KILLED")
+
+
+def _process(number: int) -> str:
+    """A process by its number and its start, since numbers come again; "" where there is none."""
+    import psutil
+
+    try:
+        return f"{number} {psutil.Process(number).create_time():.0f}"
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def tag(logger: "MLFlowLogger", tags: dict[str, str]) -> None:

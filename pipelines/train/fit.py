@@ -91,6 +91,8 @@ def _repeatable(fit: Fit) -> None:
     # More workers would copy batches between processes; they are slices of mapped memory already.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # Figures are logged by epoch: that an epoch has few batches hides none.
+    warnings.filterwarnings("ignore", ".*number of training batches.*")
 
 
 class _Progress(pl.Callback):

@@ -38,7 +38,8 @@ class BinaryModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         predicted, labels = (torch.cat(part) for part in zip(*self._seen, strict=True))
         self._seen.clear()
-        figures = metrics.point(labels.cpu().numpy().astype(int), predicted.cpu().numpy())
+        # NumPy has no bfloat16, which a mixed precision gives.
+        figures = metrics.point(labels.cpu().numpy().astype(int), predicted.float().cpu().numpy())
         # Each device sees its own rows; the mean over devices is what stops training.
         self.log("val_loss", figures["log_loss"], sync_dist=True)
         self.log("val_auc", figures["auc"], sync_dist=True)

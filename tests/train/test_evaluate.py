@@ -1,7 +1,9 @@
 """evaluate measures on the test rows, compares, and stops at a leak."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from train.synthetic import make_features
 from world import Checkout
@@ -9,12 +11,13 @@ from world import Checkout
 from pipelines.errors import UserError
 from pipelines.params import Params
 from pipelines.train import evaluate, fit
+from pipelines.train.data import Encoding, Rows
 
 
 def _evaluated(params: Params) -> dict[str, object]:
     fit.run(params)
     evaluate.run(params)
-    return json.loads((evaluate.REPORT / "verdict.json").read_text())  # type: ignore[no-any-return]
+    return json.loads(evaluate.VERDICT.read_text())  # type: ignore[no-any-return]
 
 
 def test_the_verdict_is_whole_and_repeats(features: Checkout) -> None:
@@ -76,3 +79,24 @@ def test_knowledge_of_after_the_prediction_time_fails_the_stage(features: Checko
     fit.run(features.params())
     with pytest.raises(UserError, match=r"2013\.parquet: row 1 knows something of"):
         evaluate.run(features.params())
+
+
+def test_chance_in_few_rows_is_no_leak(features: Checkout) -> None:
+    """Of many numbers one orders a dozen labels well by chance; a thousand rows it does not."""
+    encoding = Encoding({}, ["a"])
+    label = np.array([0] * 9 + [1] * 3)
+    score = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 0.95, 0.8, 0.97, 0.99])
+
+    def rows(times: int) -> Rows:
+        Path("few").mkdir(exist_ok=True)
+        for name, array in (
+            ("codes", label[:, None]),
+            ("numbers", score[:, None]),
+            ("labels", label),
+        ):
+            np.save(f"few/{name}.npy", np.repeat(array, times, axis=0))
+        return Rows(Path("few"))
+
+    evaluate.stop_on_single_leak(rows(1), label, encoding, allowed=0.78)
+    with pytest.raises(UserError, match=r"feature a alone reaches AUC 0\.926; surely above"):
+        evaluate.stop_on_single_leak(rows(100), np.repeat(label, 100), encoding, allowed=0.78)

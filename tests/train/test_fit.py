@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -109,3 +110,27 @@ def test_a_disk_too_small_for_the_arrays_is_an_error_that_names_the_file(
     with stage.scratch("test") as scratch, pytest.raises(OSError, match="space") as raised:
         data.materialise(encoding, "train", scratch)
     assert raised.value.filename.endswith("train/codes.npy")
+
+
+def test_a_mixed_precision_trains(features: Checkout) -> None:
+    features.set(fit={"max_epochs": 1, "trainer": {"precision": "bf16-mixed"}})
+    fit.run(features.params())
+    assert fitted.FOLDER.exists()
+
+
+def test_a_killed_fit_does_not_run_for_ever_in_the_store(features: Checkout) -> None:
+    params = features.params()
+    store, experiment = tracking.client(params)
+    killed, working, elsewhere = (
+        store.create_run(experiment, tags={"host": host, "process": process}).info.run_id
+        for host, process in (
+            (socket.gethostname(), f"{os.getpid()} 17"),
+            (socket.gethostname(), tracking._process(os.getpid())),
+            ("elsewhere", "1 17"),
+        )
+    )
+    with tracking.run(params, "fit"):
+        pass
+    assert store.get_run(killed).info.status == "KILLED"
+    assert store.get_run(working).info.status == "RUNNING"
+    assert store.get_run(elsewhere).info.status == "RUNNING"

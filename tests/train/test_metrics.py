@@ -45,11 +45,26 @@ def test_intervals_hold_the_value_and_shrink_with_rows() -> None:
         probability = random.random(rows)
         label = (random.random(rows) < probability).astype(int)
         found = metrics.with_intervals(label, probability, resamples=100, seed=1)
-        for name in ("auc", "ap", "log_loss", "brier"):
+        for name in metrics.NAMES:
             assert found[name]["low"] < found[name]["value"] < found[name]["high"]
         widths.append(found["auc"]["high"] - found["auc"]["low"])
         assert found == metrics.with_intervals(label, probability, resamples=100, seed=1)
     assert widths[1] < widths[0] / 3
+
+
+@given(auc=st.floats(0.5, 0.99), rows=st.integers(5, 2000))
+def test_an_auc_is_surer_with_more_rows(auc: float, rows: int) -> None:
+    few, many = (metrics.auc_at_least(auc, n, 3 * n) for n in (rows, 10 * rows))
+    assert few < many < auc
+
+
+def test_the_error_of_an_auc_is_that_of_the_bootstrap() -> None:
+    random = np.random.default_rng(0)
+    label = np.repeat([0, 1], [600, 200])
+    score = 1 / (1 + np.exp(-random.normal(size=800) - label))
+    drawn = metrics.with_intervals(label, score, resamples=400, seed=1)["auc"]
+    low = metrics.auc_at_least(drawn["value"], 200, 600)
+    assert low == pytest.approx(drawn["low"], abs=0.01)
 
 
 def test_a_calibrated_score_has_no_calibration_error_and_a_shifted_one_has_its_shift() -> None:
