@@ -11,8 +11,10 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -123,14 +125,44 @@ def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
     process.wait()
 
 
-def ready(
-    process: subprocess.Popen[bytes], url: str, log: Path, patience: float = PATIENCE
-) -> None:
+@contextmanager
+def airflow(env: dict[str, str], log: Path) -> Iterator[None]:
+    """Airflow's servers until the block ends, each started again where it ends by itself.
+
+    `airflow standalone` goes on without a scheduler that died; on SQLite, which locks no rows, one
+    does when a backfill is made in the wrong moment (StaleDataError).
+    """
+    with log.open("ab") as out:
+        migrate = ["airflow", "db", "migrate"]
+        if subprocess.run(migrate, env=env, stdout=out, stderr=out, check=False).returncode:
+            raise UserError(f"{' '.join(migrate)} failed; see {log}")
+    over = threading.Event()
+    keepers = [
+        threading.Thread(target=_keep, args=(["airflow", server], env, log, over))
+        for server in ("api-server", "scheduler", "dag-processor", "triggerer")
+    ]
+    for keeper in keepers:
+        keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for keeper in keepers:
+            keeper.join()
+
+
+def _keep(command: list[str], env: dict[str, str], log: Path, over: threading.Event) -> None:
+    while not over.is_set():
+        with started(command, env, log) as process:
+            while process.poll() is None and not over.wait(0.5):
+                pass
+        over.wait(1)  # one that cannot start must not spin
+
+
+def ready(url: str, log: Path, patience: float = PATIENCE) -> None:
     """Wait until `url` answers. Raises UserError with the log's name where it does not."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        if process.poll() is not None:
-            raise UserError(f"{url} did not start, status {process.returncode}; see {log}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return
@@ -158,30 +190,42 @@ def main() -> int:
 
 
 def _serve(home: Path, params: parameters.Params, port: int, mlflow_port: int) -> None:
+    for taken in (port, mlflow_port):
+        _refuse_taken(taken)
     env = environment(home, port)
     state = Path(env["AIRFLOW_HOME"])
     tracking.client(params)
-    airflow, mlflow = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{mlflow_port}"
-    store = ["--backend-store-uri", params.tracking.uri, "--port", str(mlflow_port)]
-    print("airflow: starting, half a minute or so", flush=True)
-    with (
-        started(["mlflow", "server", *store], env, state / "mlflow.log") as second,
-        started(["airflow", "standalone"], env, state / "airflow.log") as first,
-    ):
-        ready(first, f"{airflow}/api/v2/monitor/health", state / "airflow.log")
-        ready(second, f"{mlflow}/health", state / "mlflow.log")
+    pages, runs = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{mlflow_port}"
+    # One worker, and none of the processes that judge language models.
+    store = ["--backend-store-uri", params.tracking.uri, "--port", str(mlflow_port), "--workers=1"]
+    env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    stage.say("airflow", "starting, half a minute or so")
+    logs = state / "airflow.log", state / "mlflow.log"
+    with airflow(env, logs[0]), started(["mlflow", "server", *store], env, logs[1]) as mlflow:
+        ready(f"{pages}/api/v2/monitor/health", logs[0])
+        ready(f"{runs}/health", logs[1])
         password = json.loads((state / "passwords.json").read_text())[USER]
-        pools(Api(airflow, password), params.orchestrate.pools)
+        pools(Api(pages, password), params.orchestrate.pools)
         print(
-            f"\n  Airflow   {airflow}   sign in as {USER}, password {password}\n"
-            f"            retrain: {airflow}/dags/retrain   watch: {airflow}/dags/watch\n"
-            f"  MLflow    {mlflow}\n"
+            f"\n  Airflow   {pages}   sign in as {USER}, password {password}\n"
+            f"            retrain: {pages}/dags/retrain   watch: {pages}/dags/watch\n"
+            f"  MLflow    {runs}\n"
             f"  logs      {state}\n\n  Ctrl-C stops all of it.",
             flush=True,
         )
-        while first.poll() is None and second.poll() is None:
-            time.sleep(1)
-        raise UserError(f"a server ended by itself; see {state}")
+        mlflow.wait()
+        raise UserError(f"MLflow ended by itself; see {logs[1]}")
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as asked:
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            asked.bind(("127.0.0.1", port))
+        except OSError:
+            raise UserError(
+                f"port {port} is taken; AIRFLOW_PORT and MLFLOW_PORT choose others"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +182,14 @@ def running(home: Path, wanted_pools: dict[str, int]) -> Iterator[Airflow]:
     }
     state = Path(env["AIRFLOW_HOME"])
     url = f"http://127.0.0.1:{port}"
-    with ExitStack() as stack:
-        log = state / "airflow.log"
-        server = stack.enter_context(local.started(["airflow", "standalone"], env, log))
-        local.ready(server, f"{url}/api/v2/monitor/health", log)
+    log = state / "airflow.log"
+    with local.airflow(env, log):
+        local.ready(f"{url}/api/v2/monitor/health", log)
         password = json.loads((state / "passwords.json").read_text())[local.USER]
         api = local.Api(url, password)
         local.pools(api, wanted_pools)
-        airflow = Airflow(home, url, api, env)
         parsed(api)
-        yield airflow
+        yield Airflow(home, url, api, env)
 
 
 def parsed(api: local.Api, patience: float = 60) -> None:

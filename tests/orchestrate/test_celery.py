@@ -83,12 +83,9 @@ def cluster(
         common = _common(port, queue, databases["airflow"], server) | store.env
         envs = [_environment(folder, port, common) for folder in folders]
         log = base / "airflow.log"
-        subprocess.run(["airflow", "db", "migrate"], env=envs[0], check=True, capture_output=True)
-        for command in ("api-server", "scheduler", "dag-processor"):
-            process = stack.enter_context(local.started(["airflow", command], envs[0], log))
-            if command == "api-server":
-                url = f"http://127.0.0.1:{port}"
-                local.ready(process, f"{url}/api/v2/monitor/health", log)
+        stack.enter_context(local.airflow(envs[0], log))
+        url = f"http://127.0.0.1:{port}"
+        local.ready(f"{url}/api/v2/monitor/health", log)
         for number, env in enumerate(envs[1:], 1):
             worker = ["airflow", "celery", "worker", "-c", "2", "-H", f"worker-{number}"]
             stack.enter_context(local.started(worker, env, base / f"worker-{number}.log"))
