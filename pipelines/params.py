@@ -251,6 +251,12 @@ class Orchestrate(_Block):
         return values | {"tasks": {name: values["default"] | one for name, one in tasks.items()}}
 
     @model_validator(mode="after")
+    def _kept_lock(self) -> "Orchestrate":
+        if self.execute == "pod" and self.record == "branch":
+            raise ValueError("execute: pod loses record: branch with the pod; set record: object")
+        return self
+
+    @model_validator(mode="after")
     def _known_pools(self) -> "Orchestrate":
         for name, task in {"default": self.default, **self.tasks}.items():
             if task.pool != "default_pool" and task.pool not in self.pools:
