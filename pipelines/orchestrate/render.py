@@ -154,6 +154,7 @@ def _spec(context: Context) -> dict[str, Any]:
         "overrides": overrides,
         "force": bool(form.get("force", False)),
         "reason": form.get("reason") or "",
+        "attempt": context["ti"].try_number,
     }
 
 

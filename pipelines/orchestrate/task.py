@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
                 type=json.loads,
                 default={},
                 metavar="JSON",
-                help="overrides (dotted keys of params.yaml), force, reason",
+                help="overrides (dotted keys of params.yaml), force, reason, attempt",
             )
         elif verb == "unite":
             one.add_argument("stages", nargs="+", metavar="STAGE")
@@ -145,7 +145,7 @@ def _do(home: Path, given: argparse.Namespace) -> Record:
 
 
 def begin(home: Path, run_id: str, spec: dict[str, Any]) -> Record:
-    """Write the run down, once: whoever begins it again begins the same."""
+    """Write the run down: of two attempts to begin it, the later holds."""
     run = Run(run_id, workspace.git(home, "rev-parse", "HEAD"), **spec)
     changed = workspace.git(home, "status", "--porcelain", "--untracked-files=no").splitlines()
     if changed:
@@ -154,8 +154,12 @@ def begin(home: Path, run_id: str, spec: dict[str, Any]) -> Record:
         pass
     with _repo(home) as repo:
         meeting = workspace.exchange(repo)
-    if not meeting.put_new(_path(run_id, "run"), run.record()):
-        run = Run(**_found(meeting, run_id, "run"))
+    with lease.held(meeting, f"begin-{run_id}", _waits("begin")):
+        begun = meeting.get(_path(run_id, "run"))
+        if begun and begun["attempt"] >= run.attempt:
+            run = Run(**begun)
+        else:
+            meeting.put(_path(run_id, "run"), run.record())
     set_ = ", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "nothing"
     stages.say("begin", f"run {run.id} at {run.commit[:12]}, overrides {set_}")
     return run.record()
@@ -267,10 +271,13 @@ def _publish(
     stands.
     """
     path = _path(run.id, name)
-    mine = fragment | {"run": run.id, "host": socket.gethostname(), "at": _now()}
+    here = {"host": socket.gethostname(), "at": _now()}
+    mine = fragment | {"run": run.id, "attempt": run.attempt} | here
     if meeting.put_new(path, mine):
         return mine
     first = _found(meeting, run.id, name)
+    if first["attempt"] > run.attempt:
+        raise UserError(f"the run {run.id} was begun anew; this attempt yields")
     if first["key"] == mine["key"] and _intact(folder, name, first, parents):
         if first["lock"] != mine["lock"]:
             stages.say(name, "another attempt was first and made other bytes; its bytes stay")

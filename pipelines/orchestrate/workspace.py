@@ -35,11 +35,17 @@ Lock = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is, from its first task on. `overrides` are keys of params.yaml, dotted."""
+    """What a run is, from its first task on.
+
+    `overrides` are keys of params.yaml, dotted. `attempt` counts how often it was begun: who clears
+    the whole run begins it anew, at the commit of that time, and what an earlier beginning left at
+    work yields.
+    """
 
     id: str
     commit: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 1
     force: bool = False
     reason: str = ""
 
