@@ -125,14 +125,14 @@ def usage(since: float) -> dict[str, dict[str, Any]]:
 def screen(params: Params, started: float, version: dict[str, Any]) -> str:
     """What was made, how good it is, what it took, and where to look."""
     ran = usage(started)
+    body = [*_data(), *_quality(), *_watch(params, version), *_cost(ran), *_where(params)]
     spent = time.time() - started
     head = (
         f"{len(ran)} stages in {spent:.0f} s"
         if ran
         else f"Nothing changed, nothing ran ({spent:.1f} s)"
     )
-    parts = [head, *_data(), *_quality(), *_watch(params, version), *_cost(ran), *_where(params)]
-    return "\n".join(["", *parts])
+    return "\n".join(["", head, *body])
 
 
 def _data() -> list[str]:
