@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,21 +42,31 @@ def _register(home: Path) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
+def _kill_when(process: subprocess.Popen[bytes], seen: Callable[[], bool]) -> None:
+    """kill -9 of the task and all it started, at the first moment that `seen` holds."""
+    end = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None, "it ended before this point"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_register_killed_at_five_points_and_told_by_two_acts_once(made: Path) -> None:
-    begun = time.monotonic()
-    _register(made).wait()
-    usual = time.monotonic() - begun
-    (made / ".state" / "mlflow").rename(made / ".state" / "mlflow-first")
-    (made / ".state" / "mlflow").mkdir()
-    killed = 0
-    for point in (0.3, 0.5, 0.65, 0.8, 0.95):
-        process = _register(made)
-        time.sleep(usual * point)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
-        process.wait()
-    assert killed >= 3
+    state = made / ".state"
+    leases = state / "store" / "orchestrate" / "leases" / "effect-register"
+    points = {
+        "a workspace": lambda: any((state / "workspaces" / RUN).glob("register-*")),
+        "the lease": lambda: any(leases.glob("*.json")),
+        "the database": lambda: (state / "mlflow" / "mlflow.db").is_file(),
+        "the artifacts": lambda: any((state / "mlflow").rglob("artifacts/**/model.onnx")),
+        "the ledger": lambda: any((state / "ledger").rglob("*.json")),
+    }
+    shutil.rmtree(state / "mlflow")  # what fit left: each point is met for the first time
+    (state / "mlflow").mkdir()
+    for seen in points.values():
+        _kill_when(_register(made), seen)
     both = [_register(made), _register(made)]
     assert [process.wait() for process in both] == [0, 0]
     said = python(made, "-c", REGISTERED).stdout.rpartition("RESULT")[2]
