@@ -10,12 +10,16 @@ Every write is whole or absent, and `put_new` has one winner: on these two every
     leases/<name>/<generation>.json  who computes now
 """
 
+import hashlib
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
+
+from pipelines.errors import UserError
 
 Record = dict[str, Any]
 ATTEMPTS = 10
@@ -150,4 +154,16 @@ def at(url: str, endpoint: str | None = None) -> Exchange:
     parts = urlparse(url)
     if parts.scheme == "s3":
         return Bucket(parts.netloc, f"{parts.path}/orchestrate", endpoint)
-    return Folder(Path(url) / "orchestrate")
+    if parts.scheme not in ("", "file"):
+        raise UserError(f"the DVC remote {url} is neither a folder nor s3://")
+    return Folder(Path(parts.path) / "orchestrate")
+
+
+def plain(kind: str, name: str) -> str:
+    """Both as one name that a folder, a branch and a key can bear, never the same for two pairs."""
+    text = f"{kind}-{name}"
+    kept = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
+    if kept == text and "-" not in kind:
+        return kept
+    pair = json.dumps([kind, name]).encode()
+    return f"{kept}-{hashlib.sha256(pair).hexdigest()[:8]}"

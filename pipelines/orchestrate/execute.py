@@ -5,7 +5,6 @@ Airflow imports this when it parses a DAG, so it imports Airflow and the standar
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,17 +17,19 @@ from typing import Any
 from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from pipelines.orchestrate.exchange import plain
+
 Context = Any
 Arguments = Callable[[Context], list[str]]
 HOME = Path(__file__).resolve().parents[2]
 BODY = ["python", "-m", "pipelines.orchestrate.task"]
+GRACE = 10  # seconds between SIGTERM and SIGKILL
 MISTAKE = 2  # the exit status of a user's mistake: to try again would not mend it
 
 
 def run_id(context: Context) -> str:
-    """The id of a DAG run as a folder, a branch and a key can bear it."""
-    run = context["dag_run"]
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{run.dag_id}-{run.run_id}").strip("-")
+    """The id of a DAG run for the body."""
+    return plain(context["dag_run"].dag_id, context["dag_run"].run_id)
 
 
 def announce(context: Context, outlets: list[Asset], result: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +79,14 @@ class ProcessTask(BaseOperator):
             return announce(context, self.outlets, json.loads(result.read_text()))
 
     def on_kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
+        """End the body and the stage, the kind way first."""
+        if self.process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def exit_status(pod: Any, container: str) -> int | None:

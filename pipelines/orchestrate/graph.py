@@ -9,6 +9,7 @@ DVC itself resolves the file: `foreach`, `matrix` and `${...}` mean what they me
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
 MANIFEST = Path("dags/manifest.json")
+# Records of a run beside those of its stages.
+RESERVED = {"begin", "run", "unite", "lock", "register", "gate", "champion", "decide", "retrain"}
 
 
 def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
@@ -31,21 +35,49 @@ def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
     """
     import networkx as nx
 
-    graph = repo.index.graph  # edges lead from a stage to those it depends on
-    order = nx.lexicographical_topological_sort(graph.reverse(), key=lambda one: one.name)
+    stages = pipeline(repo)
+    # Edges lead from a stage to those it depends on.
+    edges = repo.index.graph.subgraph(stages)
+    order = nx.lexicographical_topological_sort(edges.reverse(), key=lambda one: one.name)
+    return {one.name: _node(one, sorted(edges.successors(one), key=_name)) for one in order}
+
+
+def pipeline(repo: "Repo") -> list["PipelineStage"]:
+    """The stages of dvc.yaml; what `dvc add` tracks beside it is no stage.
+
+    Raises UserError for a name that no task or record of a run can have.
+    """
+    from dvc.stage import PipelineStage
+
+    stages = [one for one in repo.index.stages if isinstance(one, PipelineStage)]
+    for name in map(_name, stages):
+        if not re.fullmatch(r"[A-Za-z0-9_@.-]+", name) or name in RESERVED:
+            raise UserError(f"dvc.yaml: {name} cannot name a stage that Airflow runs")
+    return stages
+
+
+def _name(stage: "PipelineStage") -> str:
+    return str(stage.name)
+
+
+def _node(stage: "PipelineStage", parents: list["PipelineStage"]) -> dict[str, list[str]]:
+    read = [
+        out
+        for parent in parents
+        for out in parent.outs
+        if any(_overlap(out.fs_path, dep.fs_path) for dep in stage.deps)
+    ]
+    for out in read:
+        if not out.use_cache:
+            raise UserError(
+                f"dvc.yaml: {stage.name} reads {out.def_path}, whose cache: false lets no other "
+                "worker have it"
+            )
     return {
-        one.name: {
-            "parents": sorted(parent.name for parent in graph.successors(one)),
-            "inputs": sorted(
-                out.def_path
-                for parent in graph.successors(one)
-                for out in parent.outs
-                if any(_overlap(out.fs_path, dep.fs_path) for dep in one.deps)
-            ),
-            "outs": sorted(out.def_path for out in one.outs),
-            "metrics": sorted(out.def_path for out in one.outs if out.is_metric),
-        }
-        for one in order
+        "parents": list(map(_name, parents)),
+        "inputs": sorted(out.def_path for out in read),
+        "outs": sorted(out.def_path for out in stage.outs),
+        "metrics": sorted(out.def_path for out in stage.outs if out.is_metric),
     }
 
 
@@ -91,6 +123,7 @@ def main() -> int:
         )
         return 2
     if not check:
+        MANIFEST.parent.mkdir(exist_ok=True)
         MANIFEST.write_text(current)
         stage.say("graph", f"{MANIFEST}: {len(json.loads(current)['stages'])} stages")
     return 0

@@ -2,7 +2,8 @@
 
 Each holder writes the next generation of the name, and only one can. The generation is the fencing
 token: whoever holds a lower one than the newest has been replaced. A holder that is alive renews;
-one that is silent for `LIFETIME`, or known to be dead, is followed.
+one whose record stays as it is for `LIFETIME`, by the clock of who waits, or who is known to be
+dead, is followed. No two machines' clocks are compared.
 """
 
 import os
@@ -12,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines.orchestrate.exchange import Exchange, Record
 
@@ -20,38 +23,59 @@ RENEWAL = LIFETIME / 6
 POLL = 0.3
 
 
+class LostError(RuntimeError):
+    """Another process took this one for dead and took its place."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease that is held, unless another process took its place."""
+
+    exchange: Exchange
+    name: str
+    generation: int
+
+    def check(self) -> None:
+        """Raise LostError where another process holds it by now."""
+        if newest(self.exchange, self.name) != self.generation:
+            raise LostError(f"{self.name}: another process took over")
+
+
 @contextmanager
-def held(exchange: Exchange, name: str, waiting: Callable[[str], None]) -> Iterator[int]:
-    """Wait until the lease of `name` is free and hold it; yield its generation.
+def held(exchange: Exchange, name: str, waiting: Callable[[str], None]) -> Iterator[Lease]:
+    """Wait until the lease of `name` is free and hold it.
 
     `waiting` is told once who holds it.
     """
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+    me = {"place": _place(), "pid": os.getpid(), "token": secrets.token_hex(8)}
     generation = _acquire(exchange, name, me, waiting)
     mine = _path(name, generation)
     stop = threading.Event()
     renewing = threading.Thread(target=_renew, args=(exchange, mine, me, stop), daemon=True)
     renewing.start()
     try:
-        yield generation
+        yield Lease(exchange, name, generation)
     finally:
         stop.set()
         renewing.join()
         with suppress(Exception):  # what is not released expires
-            exchange.put(mine, me | {"until": 0.0})
+            exchange.put(mine, me | {"released": True})
 
 
 def _acquire(exchange: Exchange, name: str, me: Record, waiting: Callable[[str], None]) -> int:
-    told = False
+    seen: Record | None = None
+    since, told = time.monotonic(), False
     while True:
         generation = newest(exchange, name)
         holder = exchange.get(_path(name, generation)) if generation else None
-        if holder is None or _over(holder):
-            mine = me | {"until": time.time() + LIFETIME}
-            if exchange.put_new(_path(name, generation + 1), mine):
+        if holder != seen:
+            seen, since = holder, time.monotonic()
+        silent = time.monotonic() - since > LIFETIME
+        if holder is None or holder.get("released") or silent or _dead(holder):
+            if exchange.put_new(_path(name, generation + 1), me | {"renewed": 0}):
                 return generation + 1
         elif not told:
-            waiting(f"process {holder['pid']} on {holder['host']}")
+            waiting(f"process {holder['pid']} on {holder['place']}")
             told = True
         time.sleep(POLL)
 
@@ -68,23 +92,29 @@ def _path(name: str, generation: int) -> str:
     return f"leases/{name}/{generation:06}.json"
 
 
-def _over(holder: Record) -> bool:
-    if float(holder["until"]) < time.time():
-        return True
-    here = holder["host"] == socket.gethostname()
-    return here and not _alive(int(holder["pid"]))
+def _place() -> str:
+    """Where a process id means something: the host, and the container in it."""
+    try:
+        namespace = Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return socket.gethostname()
+    return f"{socket.gethostname()} {namespace}"
 
 
-def _alive(pid: int) -> bool:
+def _dead(holder: Record) -> bool:
     import psutil
 
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    if holder["place"] != _place():
         return False
+    try:
+        return bool(psutil.Process(int(holder["pid"])).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _renew(exchange: Exchange, mine: str, me: Record, stop: threading.Event) -> None:
+    count = 0
     while not stop.wait(RENEWAL):
+        count += 1
         with suppress(Exception):  # the next renewal may get through
-            exchange.put(mine, me | {"until": time.time() + LIFETIME})
+            exchange.put(mine, me | {"renewed": count})

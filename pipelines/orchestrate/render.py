@@ -11,6 +11,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import Asset, BaseOperator, Param, TriggerRule, task
+from airflow.sdk.exceptions import AirflowFailException
 
 from pipelines.orchestrate.execute import HOME, Context, ProcessTask, pod_task, run_id
 
@@ -99,13 +100,23 @@ def unite(tasks: dict[str, BaseOperator]) -> BaseOperator:
     them published what it made.
     """
     names = list(tasks)
-    united = _task(
-        "unite",
-        lambda context: ["unite", "--run", run_id(context), *names],
-        trigger_rule=TriggerRule.ALL_DONE,
-    )
+
+    def arguments(context: Context) -> list[str]:
+        _refuse_unless_green(context, [one.task_id for one in tasks.values()])
+        return ["unite", "--run", run_id(context), *names]
+
+    united = _task("unite", arguments, trigger_rule=TriggerRule.ALL_DONE)
     [one for one in tasks.values() if not one.downstream_task_ids] >> united
     return united
+
+
+def _refuse_unless_green(context: Context, tasks: list[str]) -> None:
+    """What a stage published before does not outweigh that it failed or was skipped now."""
+    run = context["dag_run"]
+    found = context["ti"].get_task_states(dag_id=run.dag_id, task_ids=tasks, run_ids=[run.run_id])
+    for name, state in found.get(run.run_id, {}).items():
+        if state != "success":
+            raise AirflowFailException(f"unite: error: {name} is {state}, not success")
 
 
 def effect(name: str) -> BaseOperator:
@@ -154,8 +165,15 @@ def _spec(context: Context) -> dict[str, Any]:
         "overrides": overrides,
         "force": bool(form.get("force", False)),
         "reason": form.get("reason") or "",
-        "attempt": context["ti"].try_number,
+        "attempt": _attempt(context),
     }
+
+
+def _attempt(context: Context) -> str:
+    """Which beginning of the run this is; the text of a later one sorts after an earlier's."""
+    run = context["dag_run"]
+    started = run.start_date.astimezone(UTC).isoformat(timespec="microseconds")
+    return f"{started} {run.clear_number:04} {context['ti'].try_number:04}"
 
 
 def _clock(moment: datetime) -> str:
@@ -168,7 +186,9 @@ def _clock(moment: datetime) -> str:
 def _task(name: str, arguments: Any, **settings: Any) -> BaseOperator:
     """A task under its policy, as the process or the pod that the configuration names."""
     orchestrate = manifest()["orchestrate"]
-    policy = orchestrate["tasks"].get(name, orchestrate["default"])
+    tasks = orchestrate["tasks"]
+    group = name.partition("@")[0]  # a member of a foreach has its group's policy
+    policy = tasks.get(name) or tasks.get(group) or orchestrate["default"]
     settings |= {
         "task_id": name.replace("@", "."),  # a member of a foreach
         "owner": policy["owner"],

@@ -55,30 +55,55 @@ def give(repo: "Repo", outs: list["Output"]) -> int:
 
 
 def take(repo: "Repo", outs: list["Output"]) -> None:
-    """Put the outs into the workspace, from the cache or else from the remote, whose bytes are
-    checked.
+    """Put the outs into the workspace, from the cache or else from the remote. Every byte is read.
+
+    DVC takes what lies read-only in its cache for right; a torn write there, or a stage that wrote
+    into its linked input, would go on under the old name.
     """
     from dvc.exceptions import CollectCacheError
 
+    cache = repo.cache.local
     for out in outs:
+        # The listing first: what it names cannot be known from a wrong one.
+        drop(cache, [out.hash_info.value])
         try:
-            wanted = {hash_info for held in out.get_used_objs().values() for hash_info in held}
-            repo.cloud.pull(wanted)  # drops what arrives damaged, and may say nothing of it
-            lost = [one.value for one in wanted if not repo.cache.local.exists(one.value)]
-        except CollectCacheError:
-            lost = [out.hash_info.value]
-        if lost:
-            raise UserError(
-                f"{out.def_path} cannot be had: {lost[0]} is missing or damaged in the remote; "
-                f"clear the task {out.stage.name} to make it again"
+            ids = objects([out])
+            drop(cache, ids)
+            repo.cloud.pull(
+                hash_info for held in out.get_used_objs().values() for hash_info in held
             )
+        except CollectCacheError:
+            ids = [out.hash_info.value]
+        # The pull drops what arrives damaged, and may say nothing of it.
+        if lost := [oid for oid in ids if not cache.exists(oid)]:
+            raise _lost(repo, out, lost)
         out.checkout(force=True)
+
+
+def _lost(repo: "Repo", out: "Output", ids: list[str]) -> Exception:
+    """A remote that lacks an object is a matter for a person; one that did not answer is not."""
+    if not (wrong := damaged(repo.cloud.get_remote_odb(), ids)):
+        return RuntimeError(f"{out.def_path}: the remote holds {ids[0]} and did not give it")
+    return UserError(
+        f"{out.def_path} cannot be had: {wrong[0]} is missing or damaged in the remote; "
+        f"clear the task {out.stage.name} to make it again"
+    )
+
+
+def drop(cache: "HashFileDB", ids: list[str]) -> list[str]:
+    """Remove from the cache what has not the bytes of its hash, and return it."""
+    wrong = [oid for oid in damaged(cache, ids) if cache.exists(oid)]
+    for oid in wrong:
+        cache.delete(oid)
+    return wrong
 
 
 def intact(repo: "Repo", outs: list["Output"]) -> bool:
     """Whether the remote holds every byte of the outs."""
     from dvc.exceptions import CollectCacheError
 
+    if not all(out.hash_info for out in outs):
+        return False
     try:
         return not damaged(repo.cloud.get_remote_odb(), objects(outs))
     except CollectCacheError:  # the listing of a folder is nowhere

@@ -157,6 +157,11 @@ def begin(home: Path, run_id: str, spec: dict[str, Any]) -> Record:
     with lease.held(meeting, f"begin-{run_id}", _waits("begin")):
         begun = meeting.get(_path(run_id, "run"))
         if begun and begun["attempt"] >= run.attempt:
+            if (begun["overrides"], begun["force"]) != (run.overrides, run.force):
+                raise UserError(
+                    f"the run {run_id} was begun with {begun['overrides']}, not {run.overrides}; "
+                    "give this one another id"
+                )
             run = Run(**begun)
         else:
             meeting.put(_path(run_id, "run"), run.record())
@@ -181,19 +186,20 @@ def make(home: Path, run: Run, name: str) -> Record:
         with lease.held(meeting, f"{name}-{key}", _waits(name)):
             fragment = _before(folder, meeting, run, name, key, parents)
             if fragment is None:
-                fragment = _compute(folder, run, name, key)
+                fragment = _compute(folder, run, name, key, node["inputs"])
                 meeting.put(f"made/{name}/{key}.json", fragment)
             published = _publish(meeting, folder, run, name, fragment, parents)
     return published
 
 
 def _key(stage: "PipelineStage") -> str:
-    """The name of what goes into a stage: its command, inputs, code and params."""
+    """The name of what goes into a stage: its command, inputs, code, params, and what it gives."""
     from dvc.stage.serialize import to_single_stage_lockfile
 
     stage.save_deps()
     entry = to_single_stage_lockfile(stage)
-    inputs = {part: entry.get(part) for part in ("cmd", "deps", "params")}
+    inputs: Record = {part: entry.get(part) for part in ("cmd", "deps", "params")}
+    inputs["outs"] = sorted([out.def_path, out.use_cache, out.persist] for out in stage.outs)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -219,7 +225,7 @@ def _intact(folder: Path, name: str, fragment: Record, parents: dict[str, Record
         workspace.write_lock(folder, parents)
 
 
-def _compute(folder: Path, run: Run, name: str, key: str) -> Record:
+def _compute(folder: Path, run: Run, name: str, key: str, inputs: list[str]) -> Record:
     """Run the stage and give its outs to the remote."""
     from dvc.exceptions import ReproductionError
 
@@ -229,6 +235,9 @@ def _compute(folder: Path, run: Run, name: str, key: str) -> Record:
         except ReproductionError as error:
             raise _failed(name, error) from None
     with _repo(folder) as repo:
+        # Inputs may be links into the cache: who writes into one changes it for every other task.
+        if store.drop(repo.cache.local, store.objects(workspace.inputs(repo, inputs))):
+            raise RuntimeError(f"{name} wrote into one of its inputs: {', '.join(inputs)}")
         outs = _outs(repo, [name])
         sent = store.give(repo, outs)
         metrics = {
@@ -251,11 +260,10 @@ def _failed(name: str, error: Exception) -> Exception:
     if status is None:
         return RuntimeError(cause)
     code = int(status[1])
-    signal = -code if code < 0 else code - 128
-    if signal > 0:
-        return RuntimeError(
-            f"{name} was killed by signal {signal}" + (" (out of memory?)" if signal == 9 else "")
-        )
+    killed = -code if code < 0 else code - 128
+    if killed > 0:
+        hint = " (out of memory?)" if killed == signal.SIGKILL else ""
+        return RuntimeError(f"{name} was killed by signal {killed}{hint}")
     return FailedError(2 if code == 2 else 1)
 
 
@@ -273,6 +281,8 @@ def _publish(
     path = _path(run.id, name)
     here = {"host": socket.gethostname(), "at": _now()}
     mine = fragment | {"run": run.id, "attempt": run.attempt} | here
+    if {one: _found(meeting, run.id, one)["lock"] for one in parents} != parents:
+        raise RuntimeError("an input was made anew meanwhile; what this attempt made is of the old")
     if meeting.put_new(path, mine):
         return mine
     first = _found(meeting, run.id, name)
@@ -297,7 +307,11 @@ def act(home: Path, run: Run, name: str) -> Record:
         )
         with _repo(folder) as repo:
             store.take(repo, _outs(repo, list(effect.reads)))
-        with lease.held(meeting, f"effect-{name}", _waits(name)):
+        with lease.held(meeting, f"effect-{name}", _waits(name)) as held:
+            before = meeting.get(_path(run.id, name))
+            if effect.gives and before and before["attempt"] == run.attempt:
+                stages.say(name, "done before in this run; what it gave stays")
+                return before
             status = subprocess.run([sys.executable, "-m", effect.module]).returncode
             if status:
                 raise (
@@ -305,13 +319,14 @@ def act(home: Path, run: Run, name: str) -> Record:
                     if status > 0
                     else RuntimeError(f"killed by signal {-status}")
                 )
-            done = folder / "reports" / name / "record.json"
+            held.check()
             mine = {
                 "effect": name,
                 "run": run.id,
+                "attempt": run.attempt,
                 "host": socket.gethostname(),
                 "at": _now(),
-                "record": stages.read_json(done),
+                "record": stages.read_json(folder / "reports" / name / "record.json"),
             }
             if effect.gives:
                 _hand_over(folder, meeting, run, effect.gives, mine)
@@ -345,7 +360,10 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
             meeting = workspace.exchange(repo)
             nodes = graph.read(repo)
         given = {one for name in names for one in nodes[name]["parents"]} - set(names)
+        if not given and set(nodes) != set(names):
+            raise UserError("dags/manifest.json is not that of the run's dvc.yaml: make manifest")
         found = {one: _found(meeting, run.id, one) for one in nodes if one in names or one in given}
+        _refuse_mixed(found)
         workspace.join_lock(folder, {one: fragment["lock"] for one, fragment in found.items()})
         with _repo(folder) as repo:
             outs = [out for out in _outs(repo, list(found)) if out.hash_info]
@@ -359,6 +377,18 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
     computed = sum(bool(fragment.get("ran")) for fragment in found.values())
     stages.say("unite", f"{len(found)} stages, {computed} computed, lock {record['lock_md5']}")
     return record
+
+
+def _refuse_mixed(found: dict[str, Record]) -> None:
+    """Every stage has read what the run holds. Raises UserError where one has not."""
+    made = {out["path"]: out["md5"] for one in found.values() for out in one["lock"]["outs"]}
+    for name, fragment in found.items():
+        for dep in fragment["lock"].get("deps", []):
+            if dep["md5"] != made.get(dep["path"], dep["md5"]):
+                raise UserError(
+                    f"{name} was made of another {dep['path']} than the run holds; "
+                    f"clear the task {name}"
+                )
 
 
 def _record(

@@ -20,6 +20,7 @@ import yaml
 from pipelines import params as parameters
 from pipelines import stage
 from pipelines.errors import UserError
+from pipelines.orchestrate import graph
 from pipelines.orchestrate.exchange import Exchange, at
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ Lock = dict[str, Any]
 class Run:
     """What a run is, from its first task on.
 
-    `overrides` are keys of params.yaml, dotted. `attempt` counts how often it was begun: who clears
-    the whole run begins it anew, at the commit of that time, and what an earlier beginning left at
-    work yields.
+    `overrides` are keys of params.yaml, dotted. `attempt` says which beginning of the run it is,
+    and sorts after those before: who clears the whole run begins it anew, at the commit of that
+    time, and what an earlier beginning left at work yields.
     """
 
     id: str
     commit: str
     overrides: dict[str, Any] = field(default_factory=dict)
-    attempt: int = 1
+    attempt: str = ""
     force: bool = False
     reason: str = ""
 
@@ -60,10 +61,12 @@ def opened(home: Path, run: Run, task: str) -> Iterator[Path]:
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         params = _check_out(home, folder, run)
-        yield folder
-    # Here and not at a run's end: of many workers, each collects its own.
-    for old in collect(home, params.orchestrate.keep):
-        stage.say(task, f"workspaces of {old} removed")
+        try:
+            yield folder
+        finally:
+            # Here and not at a run's end: of many workers, each collects its own.
+            for old in collect(home, params.orchestrate.keep):
+                stage.say(task, f"workspaces of {old} removed")
 
 
 def _claim(base: Path, task: str) -> tuple[Path, Path]:
@@ -170,22 +173,14 @@ def _configure(home: Path, folder: Path) -> None:
     if name is None:
         raise UserError(".dvc/config names no remote; set one: dvc remote add --default NAME URL")
     cache = config["cache"].get("dir", str(home / ".dvc" / "cache"))
-    remote = config["remote"][name] | {"verify": True}
-    lines = [
-        "[cache]",
-        f"    dir = {cache}",
+    (folder / ".dvc" / "config.local").touch(mode=0o600)  # it may hold a key
+    with Config(str(folder / ".dvc")).edit("local") as local:
         # Inputs are links into the cache, read-only, where the file system can.
-        "    type = reflink,hardlink,copy",
-        "[core]",
-        f"    remote = {name}",
+        local["cache"] = {"dir": cache, "type": ["reflink", "hardlink", "copy"]}
         # DVC's own notes go with the workspace.
-        f"    site_cache_dir = {folder.resolve() / '.dvc' / 'tmp' / 'site'}",
-        f"['remote \"{name}\"']",
-        *(f"    {key} = {value}" for key, value in remote.items()),
-    ]
-    path = folder / ".dvc" / "config.local"
-    path.touch(mode=0o600)  # it may hold a key
-    path.write_text("\n".join(lines) + "\n")
+        site = folder.resolve() / ".dvc" / "tmp" / "site"
+        local["core"] = {"remote": name, "site_cache_dir": str(site)}
+        local["remote"] = {name: config["remote"][name] | {"verify": True}}
 
 
 def git(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
@@ -235,7 +230,7 @@ def join_lock(folder: Path, entries: dict[str, Lock]) -> None:
 
 def stages(repo: "Repo", names: list[str]) -> list["PipelineStage"]:
     """The stages of these names. Raises UserError where dvc.yaml has no such stage."""
-    known = {one.name: one for one in repo.index.stages}
+    known = {one.name: one for one in graph.pipeline(repo)}
     for name in names:
         if name not in known:
             raise UserError(f"dvc.yaml has no stage {name}; it has {', '.join(known)}")
@@ -250,24 +245,33 @@ def inputs(repo: "Repo", paths: list[str]) -> list["Output"]:
 def collect(home: Path, keep: int) -> list[str]:
     """Remove the workspaces of all but the newest `keep` runs and return the ids of those runs.
 
-    A run with an attempt still at work is left alone.
+    A run with an attempt still at work is left alone; so is one that another collector removes.
     """
-    base = home / ROOT
-    runs = sorted(
-        (one for one in base.iterdir() if one.is_dir()),
-        key=lambda one: one.stat().st_mtime,
-        reverse=True,
-    )
+    runs = {}
+    for one in (home / ROOT).glob("[!.]*"):
+        with suppress(FileNotFoundError):
+            runs[one] = one.stat().st_mtime
     removed = []
-    for run in runs[keep:]:
-        if not any(_held(lock) for lock in run.glob(".*.lock")):
-            shutil.rmtree(run, ignore_errors=True)
+    for run in sorted(runs, key=runs.__getitem__, reverse=True)[keep:]:
+        gone = run.with_name(f".{run.name}.{os.getpid()}")
+        with suppress(FileNotFoundError):
+            if _at_work(run):
+                continue
+            run.rename(gone)  # whoever opens a workspace of this run now makes the folder anew
+            if _at_work(gone):
+                gone.rename(run)
+                continue
+            shutil.rmtree(gone, ignore_errors=True)
             removed.append(run.name)
     return removed
 
 
+def _at_work(run: Path) -> bool:
+    return any(_held(lock) for lock in run.glob(".*.lock"))
+
+
 def _held(lock: Path) -> bool:
-    with lock.open("w") as file:
+    with lock.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
-from pipelines.orchestrate.exchange import Exchange, Folder, at
+from pipelines.errors import UserError
+from pipelines.orchestrate.exchange import Exchange, Folder, at, plain
 
 VALUES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=4)
 
@@ -89,3 +91,17 @@ def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> 
         os.waitpid(child, 0)
         for name in folder.names("kill"):
             assert json.loads((tmp_path / name).read_bytes()) == value
+
+
+def test_two_runs_never_have_one_name() -> None:
+    runs = ["p.10", "p-10", "日本", "東京", "a+b", "a-b", "a b"]
+    parts = [*(("retrain", run) for run in runs), ("retrain-a", "b")]
+    names = [plain(*one) for one in parts]
+    assert len(set(names)) == len(parts)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
+    assert plain("retrain", "may") == "retrain-may"
+
+
+def test_a_remote_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="gs://bucket/dvc is neither a folder nor s3://"):
+        at("gs://bucket/dvc")

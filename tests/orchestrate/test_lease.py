@@ -1,8 +1,6 @@
 """One holder at a time; the dead and the silent are followed."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -57,8 +55,8 @@ def test_a_killed_holder_is_followed_at_once_by_a_higher_generation(tmp_path: Pa
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     begun = time.monotonic()
-    with lease.held(Folder(tmp_path), "hold", print) as generation:
-        assert generation == 2
+    with lease.held(Folder(tmp_path), "hold", print) as held:
+        assert held.generation == 2
     assert time.monotonic() - begun < lease.LIFETIME / 2
 
 
@@ -68,17 +66,20 @@ def test_a_holder_that_renews_is_waited_for_and_a_silent_one_is_not(
     monkeypatch.setattr(lease, "LIFETIME", 1.0)
     monkeypatch.setattr(lease, "RENEWAL", 0.2)
     exchange = Folder(tmp_path)
-    elsewhere = {"host": "elsewhere", "pid": 1, "token": "x", "until": time.time() + 1.0}
+    elsewhere = {"place": "elsewhere", "pid": 1, "token": "x", "renewed": 0}
     exchange.put("leases/silent/000001.json", elsewhere)
     told: list[str] = []
-    with lease.held(exchange, "silent", told.append) as generation:
-        assert generation == 2
+    with lease.held(exchange, "silent", told.append) as held:
+        assert held.generation == 2
         assert told == ["process 1 on elsewhere"]
-        time.sleep(1.5)  # longer than it lives: it renewed
-        held = exchange.get("leases/silent/000002.json")
-        assert held is not None
-        assert held["until"] > time.time()
-        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
+        time.sleep(1.5)  # longer than a silent one is waited for
+        record = exchange.get("leases/silent/000002.json")
+        assert record is not None
+        assert record["renewed"] > 3
+        held.check()
+        exchange.put_new("leases/silent/000003.json", elsewhere)
+        with pytest.raises(lease.LostError, match="another process took over"):
+            held.check()
     released = exchange.get("leases/silent/000002.json")
     assert released is not None
-    assert released["until"] == 0.0
+    assert released["released"]

@@ -96,6 +96,28 @@ def test_a_lost_fragment_is_red(airflow: Airflow) -> None:
     assert "score published nothing in the run retrain-lost" in log
 
 
+def test_a_stage_that_failed_is_red_though_it_published_before(airflow: Airflow) -> None:
+    airflow.trigger("retrain", "marked", as_of="2013-06-01")
+    assert airflow.wait("retrain", "marked") == GREEN
+    path = "/dags/retrain/dagRuns/marked/taskInstances/score"
+    airflow.api.call("PATCH", path, {"new_state": "failed"})
+    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "marked",
+            "include_downstream": True, "reset_dag_runs": True, "only_failed": False}  # fmt: skip
+    airflow.api.call("POST", "/dags/retrain/clearTaskInstances", body)
+    assert airflow.wait("retrain", "marked") == RED
+    assert "unite: error: score is failed" in "\n".join(
+        airflow.log("retrain", "marked", "unite", 2)
+    )
+
+
+def test_a_reused_id_with_other_params_is_red_and_names_both(airflow: Airflow) -> None:
+    for clock in ("2013-04-01", "2013-05-01"):
+        spec = f'{{"overrides": {{"as_of": "{clock}"}}}}'
+        begun = task(airflow.home, "begin", "--run", "reused", "--spec", spec, check=False)
+    assert begun.returncode == 2
+    assert "was begun with {'as_of': '2013-04-01'}, not {'as_of': '2013-05-01'}" in begun.stderr
+
+
 def test_a_second_attempt_alive_changes_nothing(airflow: Airflow) -> None:
     airflow.trigger("retrain", "twice", as_of="2013-06-01", max_epochs=3)
     at_work("fit", airflow.workspaces / "retrain-twice")

@@ -152,3 +152,33 @@ def test_taken_bytes_are_right_or_there_is_an_error(repo: Repo, tmp_path: Path, 
             with pytest.raises(UserError, match=r"out cannot be had: .* task make"):
                 store.take(fresh, _outs(fresh))
     assert whole == (trial == 0)
+
+
+def test_a_cache_object_torn_in_place_is_fetched_anew(repo: Repo, tmp_path: Path) -> None:
+    """DVC takes a read-only file of its cache for right; the next task must not."""
+    store.give(repo, _outs(repo))
+    out = Path(repo.root_dir) / "out"
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    shutil.rmtree(out)
+    for oid, file in _objects(Path(repo.root_dir) / ".dvc" / "cache").items():
+        if not oid.endswith(".dir"):
+            content = bytearray(file.read_bytes())
+            content[7] ^= 0xFF
+            file.chmod(0o644)
+            file.write_bytes(bytes(content))
+            file.chmod(0o444)
+            break
+    with Repo(repo.root_dir) as fresh:
+        store.take(fresh, _outs(fresh))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_remote_that_does_not_answer_is_a_fault_and_no_mistake(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.give(repo, _outs(repo))
+    shutil.rmtree(Path(repo.root_dir) / ".dvc" / "cache")
+    with Repo(repo.root_dir) as fresh:
+        monkeypatch.setattr(type(fresh.cloud), "pull", lambda *_, **__: None)  # 503, swallowed
+        with pytest.raises(RuntimeError, match="did not give it"):
+            store.take(fresh, _outs(fresh))
