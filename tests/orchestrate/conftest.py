@@ -10,13 +10,6 @@ from world import thin
 from pipelines.params import Params
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that need an Airflow share one process, and so one Airflow."""
-    for item in items:
-        if item.get_closest_marker("airflow"):
-            item.add_marker(pytest.mark.xdist_group("airflow"))
-
-
 @pytest.fixture(scope="session")
 def half_year(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
     """January to June 2013 of the sample as a folder source, a twelfth of the flights."""

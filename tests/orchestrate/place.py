@@ -155,10 +155,17 @@ class Airflow:
         return {one["task_id"]: one for one in self.api.call("GET", path)["task_instances"]}
 
     def log(self, dag: str, run: str, task: str, attempt: int = 1) -> list[str]:
-        """The lines of one attempt's log."""
+        """The lines of one attempt's log, its exceptions too."""
         path = f"/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
         content = self.api.call("GET", path)["content"]
-        return [line["event"] if isinstance(line, dict) else str(line) for line in content]
+        return [
+            said
+            for line in content
+            for said in (
+                line["event"],
+                *(error["exc_value"] for error in line.get("error_detail") or []),
+            )
+        ]
 
     def fragment(self, dag: str, run: str, name: str) -> dict[str, Any]:
         """What a task published."""

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,12 +322,18 @@ def _context(task: Any) -> dict[str, Any]:
         task_id=task.task_id,
         map_index=-1,
         try_number=1,
+        get_task_states=lambda **_: {},
         xcom_push=lambda *_, **__: None,
     )
     events = {asset: SimpleNamespace(extra=None) for asset in task.outlets}
     return {
         "dag": task.dag,
-        "dag_run": SimpleNamespace(dag_id="retrain", run_id="manual__1"),
+        "dag_run": SimpleNamespace(
+            dag_id="retrain",
+            run_id="manual__1",
+            start_date=datetime(2026, 1, 1, tzinfo=UTC),
+            clear_number=0,
+        ),
         "outlet_events": events,
         "params": {"as_of": AS_OF, "max_epochs": None, "reason": "", "force": False},
         "run_id": "manual__1",

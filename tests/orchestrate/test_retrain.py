@@ -1,5 +1,6 @@
 """retrain under a real Airflow: parity, isolation, resume, once, honest red."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from orchestrate.place import GREEN, RED, Airflow, at_work, environment, git, kill_group, task
 
-pytestmark = pytest.mark.airflow
+pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("airflow")]
 INGEST = ("fetch", "load", "validate", "featurize")
 TRAIN = ("fit", "evaluate", "package", "score", "drift")
 
@@ -133,8 +134,9 @@ def test_a_second_attempt_alive_changes_nothing(airflow: Airflow) -> None:
 
 
 def test_an_asset_event_names_the_content(airflow: Airflow) -> None:
-    events = airflow.api.call("GET", "/assets/events?limit=100&order_by=-id")["asset_events"]
-    bundles = [one for one in events if one["name"] == "models/bundle"]
-    lock = airflow.lock("retrain", "june")
-    assert any(one["extra"]["md5"] in lock for one in bundles)
-    assert all(re.fullmatch(r"[0-9a-f]{32}\.dir", one["extra"]["md5"]) for one in bundles)
+    events = airflow.api.call("GET", "/assets/events?limit=100&order_by=-timestamp")["asset_events"]
+    newest = next(one["extra"] for one in events if one["name"] == "models/bundle")
+    fragment = json.loads((airflow.runs / newest["run"] / "package.json").read_text())
+    made = {out["path"]: out["md5"] for out in fragment["lock"]["outs"]}
+    assert newest["md5"] == made["models/bundle"]
+    assert re.fullmatch(r"[0-9a-f]{32}\.dir", newest["md5"])
