@@ -32,7 +32,6 @@ from pipelines.params import Params
 
 pytestmark = [
     pytest.mark.airflow,
-    pytest.mark.xdist_group("airflow"),  # one process, and so one Airflow
     pytest.mark.skipif(
         bool(servers.missing()) and not os.environ.get("CI"),
         reason=f"needs {', '.join(servers.missing())} (Debian: redis-server, postgresql)",

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from orchestrate.place import environment, free_port, repository
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("airflow")]
+pytestmark = pytest.mark.airflow
 
 
 def _processes_of(home: Path) -> list[psutil.Process]:

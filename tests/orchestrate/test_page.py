@@ -22,7 +22,6 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 pytestmark = [
     pytest.mark.airflow,
-    pytest.mark.xdist_group("airflow"),  # one process, and so one Airflow
     pytest.mark.skipif(
         CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium (Debian: chromium)"
     ),

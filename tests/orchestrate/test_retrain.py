@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from orchestrate.place import GREEN, RED, Airflow, at_work, environment, git, kill_group, task
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("airflow")]
+pytestmark = pytest.mark.airflow
 INGEST = ("fetch", "load", "validate", "featurize")
 TRAIN = ("fit", "evaluate", "package", "score", "drift")
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from orchestrate.place import GREEN, RED, Airflow, commit
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("airflow")]
+pytestmark = pytest.mark.airflow
 MONTHS = [f"2013-{month:02}-01" for month in range(1, 7)]
 STAGES = ("fetch", "load", "validate", "featurize", "score", "drift")
 
