@@ -20,7 +20,8 @@ def test_a_python_that_cannot_install_is_one_line(tmp_path: Path, version: tuple
     )
     fake.chmod(0o755)
     done = subprocess.run(
-        ["make", "setup", f"PYTHON={fake}"],
+        # Told by a make itself, it would say which folder it enters.
+        ["make", "--no-print-directory", "setup", f"PYTHON={fake}"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
