@@ -45,7 +45,7 @@ check: $(READY) ## format, lint, types, import rules: reads only
 	@python -m pipelines.orchestrate.graph --check
 
 bench: $(READY) ## measure speed, orchestration, quality over seeds, the same lock in two clones
-	@python benchmarks/orchestrate.py
+	@python benchmarks/tasks.py
 	@python benchmarks/bench.py
 
 constraints: $(READY) ## resolve constraints.txt anew from pyproject.toml

@@ -62,7 +62,7 @@ def workspaces(home: Path) -> None:
         place = home / ".state" / "workspaces" / "bench" / f"{name}-1"
         own = json.loads((place / ".state" / "usage" / f"{name}.json").read_text())["seconds"]
         found = run(home, *body, "stage", name, "--run", "bench")
-        bare = run(home, "-m", "dvc", "repro", "--quiet", "--single-item", name)
+        bare = run(home, "-m", "dvc", "repro", "--quiet", "--no-run-cache", "--single-item", name)
         bare -= json.loads((home / ".state" / "usage" / f"{name}.json").read_text())["seconds"]
         figures = f"{whole:>6.1f}s{own:>6.1f}s{whole - own:>7.1f}s{found:>12.1f}s{bare:>9.1f}s"
         print(f"  {name:<11}{figures}", flush=True)
