@@ -32,8 +32,9 @@ RUN pip install --no-cache-dir uv==0.13.9
 COPY pyproject.toml constraints.txt ./
 # The project itself is not installed: a stage runs the code of its run's commit, which is the
 # current folder. Bytecode is compiled here, since the user of the pod cannot write beside it.
-RUN --mount=type=cache,target=/root/.cache/uv \
-    uv venv /opt/venv \
+RUN --mount=type=cache,target=/var/cache/uv \
+    export UV_CACHE_DIR=/var/cache/uv \
+    && uv venv /opt/venv \
     && UV_LINK_MODE=copy uv pip install --python /opt/venv/bin/python --compile-bytecode \
         --torch-backend "$TORCH" --constraints constraints.txt --requirements pyproject.toml
 
