@@ -96,12 +96,8 @@ def _dvc(*options: str) -> None:
 
 
 def _call(command: list[str]) -> None:
-    """Run with this environment's `python` first on the path: dvc.yaml's commands name it so."""
-    here = str(Path(sys.executable).parent)
-    env = os.environ | {
-        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONUNBUFFERED": "1",
-    }
+    """Run with the programs of this environment first on the path."""
+    env = os.environ | {"PATH": stage.search_path(), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=env) as process:
         try:
             status = process.wait()

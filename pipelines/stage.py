@@ -9,6 +9,7 @@ import argparse
 import errno
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
@@ -57,12 +58,13 @@ def _guarded(stage: str, run: Callable[[Params], None]) -> int:
     except Exception as error:
         _keep_traceback(stage)
         # Last, since a scheduler shows the last line.
-        print(f"{stage}: fault: {_one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{stage}: fault: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """A fault as one line: its kind and what it says; of a full disk, which file met it."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk while writing {error.filename or 'an output'}"
     text = " ".join(str(error).split()) or "no message"
@@ -97,6 +99,11 @@ def _process_start() -> float:
     import psutil
 
     return float(psutil.Process().create_time())
+
+
+def search_path() -> str:
+    """PATH with the programs of this environment first: the commands of dvc.yaml say `python`."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def say(stage: str, text: str) -> None:

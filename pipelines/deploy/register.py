@@ -55,8 +55,13 @@ def record(params: Params, digest: str) -> Path:
 
 def find(store: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
     """The oldest version whose bundle has this hash."""
+    return next(iter(holders(store, name, digest)), None)
+
+
+def holders(store: "MlflowClient", name: str, digest: str) -> "list[ModelVersion]":
+    """The versions whose bundle has this hash, the oldest first."""
     found = store.search_model_versions(f"name = '{name}' and tags.bundle = '{digest}'")
-    return min(found, key=lambda version: int(version.version), default=None)
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def create(
@@ -100,7 +105,7 @@ def drop_younger(store: "MlflowClient", name: str, digest: str, kept: "ModelVers
     """Delete what two registrations at once, or one killed between, made beside the oldest."""
     from mlflow.exceptions import MlflowException
 
-    for version in store.search_model_versions(f"name = '{name}' and tags.bundle = '{digest}'"):
+    for version in holders(store, name, digest):
         if version.version != kept.version:
             with suppress(MlflowException):  # the other deleted its own
                 store.delete_model_version(name, version.version)

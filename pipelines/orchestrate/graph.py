@@ -38,7 +38,7 @@ def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
     stages = pipeline(repo)
     # Edges lead from a stage to those it depends on.
     edges = repo.index.graph.subgraph(stages)
-    order = nx.lexicographical_topological_sort(edges.reverse(), key=lambda one: one.name)
+    order = nx.lexicographical_topological_sort(edges.reverse(), key=_name)
     return {one.name: _node(one, sorted(edges.successors(one), key=_name)) for one in order}
 
 
@@ -112,10 +112,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if it differs")
     check = parser.parse_args().check
     try:
-        current = json.dumps(manifest(), indent=2) + "\n"
+        made = manifest()
     except UserError as error:
         print(f"graph: error: {error}", file=sys.stderr)
         return 2
+    current = json.dumps(made, indent=2) + "\n"
     if check and (not MANIFEST.is_file() or MANIFEST.read_text() != current):
         print(
             f"graph: error: {MANIFEST} is not that of dvc.yaml and params.yaml: make manifest",
@@ -125,7 +126,7 @@ def main() -> int:
     if not check:
         MANIFEST.parent.mkdir(exist_ok=True)
         MANIFEST.write_text(current)
-        stage.say("graph", f"{MANIFEST}: {len(json.loads(current)['stages'])} stages")
+        stage.say("graph", f"{MANIFEST}: {len(made['stages'])} stages")
     return 0
 
 

@@ -35,7 +35,6 @@ def environment(home: Path, port: int) -> dict[str, str]:
     """What an Airflow of this checkout needs beside infra/airflow/airflow.cfg."""
     state = (home / stage.STATE / "airflow").resolve()
     state.mkdir(parents=True, exist_ok=True)
-    here = Path(sys.executable).parent
     own = {
         "AIRFLOW_HOME": state,
         "AIRFLOW_CONFIG": home / "infra" / "airflow" / "airflow.cfg",
@@ -52,7 +51,7 @@ def environment(home: Path, port: int) -> dict[str, str]:
         # Tokens pass between processes: all of them need the same secret.
         "AIRFLOW__API_AUTH__JWT_SECRET": _secret(state / "jwt_secret"),
         "AIRFLOW__CORE__FERNET_KEY": "",
-        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": stage.search_path(),
         "PYTHONPATH": home,
     }
     return os.environ | {key: str(value) for key, value in own.items()}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
+    from dvc_data.hashfile.hash_info import HashInfo
 
 THREADS = 8
 FOLDER = ".dir"
@@ -22,13 +23,14 @@ FOLDER = ".dir"
 
 def objects(outs: Iterable["Output"]) -> list[str]:
     """The ids of all objects of `outs`: files first, a folder's listing after what it lists."""
-    ids = {
-        hash_info.value
-        for out in outs
-        for held in out.get_used_objs().values()
-        for hash_info in held
-    }
+    ids = {str(hash_info.value) for hash_info in _used(outs)}
     return sorted(ids, key=lambda oid: (oid.endswith(FOLDER), oid))
+
+
+def _used(outs: Iterable["Output"]) -> set["HashInfo"]:
+    return {
+        hash_info for out in outs for held in out.get_used_objs().values() for hash_info in held
+    }
 
 
 def give(repo: "Repo", outs: list["Output"]) -> int:
@@ -67,11 +69,10 @@ def take(repo: "Repo", outs: list["Output"]) -> None:
         # The listing first: what it names cannot be known from a wrong one.
         drop(cache, [out.hash_info.value])
         try:
-            ids = objects([out])
+            wanted = _used([out])
+            ids = [str(hash_info.value) for hash_info in wanted]
             drop(cache, ids)
-            repo.cloud.pull(
-                hash_info for held in out.get_used_objs().values() for hash_info in held
-            )
+            repo.cloud.pull(wanted)
         except CollectCacheError:
             ids = [out.hash_info.value]
         # The pull drops what arrives damaged, and may say nothing of it.

@@ -25,7 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,8 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         status, said = 2, f"{_task(given)}: error: {error}"
     except Exception as error:
-        text = " ".join(str(error).split())[:500] or "no message"
-        status, said = 1, f"{_task(given)}: fault: {type(error).__name__}: {text}"
+        status, said = 1, f"{_task(given)}: fault: {stages.one_line(error)}"
     if said:
         result = {"status": status, "error": said}
         print(said, file=sys.stderr)
@@ -126,8 +125,12 @@ def _task(given: argparse.Namespace) -> str:
 
 def _prepare() -> None:
     """This environment's python first on the path, which the commands of dvc.yaml name."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.environ |= {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": ""}
+    os.environ |= {
+        "PATH": stages.search_path(),
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "PYTHONPATH": "",
+    }
     import dvc.logger  # sets its own level when it is first imported
 
     logging.getLogger(dvc.__name__).setLevel(logging.ERROR)
@@ -178,7 +181,7 @@ def make(home: Path, run: Run, name: str) -> Record:
             node = graph.read(repo).get(name)
         if node is None:
             raise UserError(f"dvc.yaml of {run.commit[:12]} has no stage {name}")
-        parents = {one: _found(meeting, run.id, one)["lock"] for one in node["parents"]}
+        parents = _locks(meeting, run, node["parents"])
         workspace.write_lock(folder, parents)
         with _repo(folder) as repo:
             store.take(repo, workspace.inputs(repo, node["inputs"]))
@@ -254,12 +257,16 @@ def _compute(folder: Path, run: Run, name: str, key: str, inputs: list[str]) -> 
 
 
 def _failed(name: str, error: Exception) -> Exception:
-    """The stage's own status; it has said itself what is wrong, unless it was killed."""
+    """What DVC says of a stage that did not end well."""
     cause = " ".join(str(error.__cause__ or error).split())
     status = re.search(r"exited with (-?\d+)$", cause)
     if status is None:
         return RuntimeError(cause)
-    code = int(status[1])
+    return _ended(name, int(status[1]))
+
+
+def _ended(name: str, code: int) -> Exception:
+    """A process that ended with this code has said itself what is wrong, unless it was killed."""
     killed = -code if code < 0 else code - 128
     if killed > 0:
         hint = " (out of memory?)" if killed == signal.SIGKILL else ""
@@ -279,9 +286,8 @@ def _publish(
     stands.
     """
     path = _path(run.id, name)
-    here = {"host": socket.gethostname(), "at": _now()}
-    mine = fragment | {"run": run.id, "attempt": run.attempt} | here
-    if {one: _found(meeting, run.id, one)["lock"] for one in parents} != parents:
+    mine = fragment | _stamp(run)
+    if _locks(meeting, run, parents) != parents:
         raise RuntimeError("an input was made anew meanwhile; what this attempt made is of the old")
     if meeting.put_new(path, mine):
         return mine
@@ -302,9 +308,7 @@ def act(home: Path, run: Run, name: str) -> Record:
     with workspace.opened(home, run, name) as folder, contextlib.chdir(folder):
         with _repo(folder) as repo:
             meeting = workspace.exchange(repo)
-        workspace.write_lock(
-            folder, {one: _found(meeting, run.id, one)["lock"] for one in effect.reads}
-        )
+        workspace.write_lock(folder, _locks(meeting, run, effect.reads))
         with _repo(folder) as repo:
             store.take(repo, _outs(repo, list(effect.reads)))
         with lease.held(meeting, f"effect-{name}", _waits(name)) as held:
@@ -314,20 +318,10 @@ def act(home: Path, run: Run, name: str) -> Record:
                 return before
             status = subprocess.run([sys.executable, "-m", effect.module]).returncode
             if status:
-                raise (
-                    FailedError(status)
-                    if status > 0
-                    else RuntimeError(f"killed by signal {-status}")
-                )
+                raise _ended(name, status)
             held.check()
-            mine = {
-                "effect": name,
-                "run": run.id,
-                "attempt": run.attempt,
-                "host": socket.gethostname(),
-                "at": _now(),
-                "record": stages.read_json(folder / "reports" / name / "record.json"),
-            }
+            done = stages.read_json(folder / "reports" / name / "record.json")
+            mine = {"effect": name, "record": done} | _stamp(run)
             if effect.gives:
                 _hand_over(folder, meeting, run, effect.gives, mine)
             meeting.put(_path(run.id, name), mine)
@@ -363,7 +357,8 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
         if not given and set(nodes) != set(names):
             raise UserError("dags/manifest.json is not that of the run's dvc.yaml: make manifest")
         found = {one: _found(meeting, run.id, one) for one in nodes if one in names or one in given}
-        _refuse_mixed(found)
+        made = {out["path"]: out["md5"] for one in found.values() for out in one["lock"]["outs"]}
+        _refuse_mixed(found, made)
         workspace.join_lock(folder, {one: fragment["lock"] for one, fragment in found.items()})
         with _repo(folder) as repo:
             outs = [out for out in _outs(repo, list(found)) if out.hash_info]
@@ -373,15 +368,14 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
             stale = repo.status(targets=names)
         if stale:
             raise RuntimeError(f"the united lock does not hold: {json.dumps(stale)[:300]}")
-        record = _record(home, folder, meeting, run, found)
+        record = _record(home, folder, meeting, run, made)
     computed = sum(bool(fragment.get("ran")) for fragment in found.values())
     stages.say("unite", f"{len(found)} stages, {computed} computed, lock {record['lock_md5']}")
     return record
 
 
-def _refuse_mixed(found: dict[str, Record]) -> None:
-    """Every stage has read what the run holds. Raises UserError where one has not."""
-    made = {out["path"]: out["md5"] for one in found.values() for out in one["lock"]["outs"]}
+def _refuse_mixed(found: dict[str, Record], made: dict[str, str]) -> None:
+    """Every stage has read what the run made, by path. Raises UserError where one has not."""
     for name, fragment in found.items():
         for dep in fragment["lock"].get("deps", []):
             if dep["md5"] != made.get(dep["path"], dep["md5"]):
@@ -391,9 +385,7 @@ def _refuse_mixed(found: dict[str, Record]) -> None:
                 )
 
 
-def _record(
-    home: Path, folder: Path, meeting: Exchange, run: Run, found: dict[str, Record]
-) -> Record:
+def _record(home: Path, folder: Path, meeting: Exchange, run: Run, made: dict[str, str]) -> Record:
     lock = (folder / "dvc.lock").read_text(encoding="utf-8")
     record = {
         "run": run.id,
@@ -401,11 +393,7 @@ def _record(
         "at": _now(),
         "commit": run.commit,
         "lock_md5": hashlib.md5(lock.encode(), usedforsecurity=False).hexdigest(),
-        "outs": {
-            out["path"]: out["md5"]
-            for fragment in found.values()
-            for out in fragment["lock"]["outs"]
-        },
+        "outs": made,
     }
     if parameters.load().orchestrate.record == "branch":
         record["commit"] = workspace.commit(folder, f"Lock of the run {run.id}", [Path("dvc.lock")])
@@ -432,6 +420,17 @@ def _outs(repo: "Repo", names: list[str]) -> list["Output"]:
 def _run(home: Path, run_id: str) -> Run:
     with _repo(home) as repo:
         return Run(**_found(workspace.exchange(repo), run_id, "run"))
+
+
+def _locks(meeting: Exchange, run: Run, names: Iterable[str]) -> dict[str, Record]:
+    """The lock entries that these stages published."""
+    return {one: _found(meeting, run.id, one)["lock"] for one in names}
+
+
+def _stamp(run: Run) -> Record:
+    """Of which run a record is, and which beginning of it; where and when it was written."""
+    here = {"host": socket.gethostname(), "at": _now()}
+    return {"run": run.id, "attempt": run.attempt} | here
 
 
 def _found(meeting: Exchange, run_id: str, task: str) -> Record:

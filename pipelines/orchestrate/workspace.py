@@ -91,8 +91,7 @@ def _check_out(home: Path, folder: Path, run: Run) -> parameters.Params:
         origin = git(home, "remote", "get-url", "origin")
         git(folder, "fetch", "--quiet", origin, run.commit)
     git(folder, "checkout", "--quiet", "--detach", run.commit)
-    set_params(folder, run)
-    params = parameters.load(folder / parameters.FILE)
+    params = set_params(folder, run)
     for name in SHARED:
         shared = home.resolve() / stage.STATE / name
         shared.mkdir(parents=True, exist_ok=True)
@@ -113,8 +112,8 @@ def _has(folder: Path, commit: str) -> bool:
     return subprocess.run(asked, cwd=folder, capture_output=True).returncode == 0
 
 
-def set_params(folder: Path, run: Run) -> None:
-    """Write the run's overrides into params.yaml and commit them.
+def set_params(folder: Path, run: Run) -> parameters.Params:
+    """Write the run's overrides into params.yaml, commit them, and return what it says then.
 
     Author and time are those of the commit before, so every task of the run, wherever it runs,
     makes the very same commit.
@@ -124,11 +123,11 @@ def set_params(folder: Path, run: Run) -> None:
     for key, value in run.overrides.items():
         text = _with(text, key, value)
     path.write_text(text, encoding="utf-8")
-    parameters.load(path)
-    if text == before:
-        return
-    said = ", ".join(f"{key}: {value}" for key, value in run.overrides.items())
-    commit(folder, f"Set {said} for the run {run.id}", [parameters.FILE])
+    params = parameters.load(path)
+    if text != before:
+        said = ", ".join(f"{key}: {value}" for key, value in run.overrides.items())
+        commit(folder, f"Set {said} for the run {run.id}", [parameters.FILE])
+    return params
 
 
 def commit(folder: Path, message: str, paths: list[Path]) -> str:
