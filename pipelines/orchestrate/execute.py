@@ -17,7 +17,7 @@ from typing import Any
 from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from pipelines.orchestrate.exchange import plain
+from pipelines.exchange import plain
 
 Context = Any
 Arguments = Callable[[Context], list[str]]

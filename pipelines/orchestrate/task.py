@@ -31,11 +31,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import lease
 from pipelines import params as parameters
 from pipelines import stage as stages
 from pipelines.errors import UserError
-from pipelines.orchestrate import graph, lease, store, workspace
-from pipelines.orchestrate.exchange import Exchange, Record
+from pipelines.exchange import Exchange, Record
+from pipelines.orchestrate import graph, store, workspace
 from pipelines.orchestrate.workspace import Run
 
 if TYPE_CHECKING:

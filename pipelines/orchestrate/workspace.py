@@ -20,8 +20,8 @@ import yaml
 from pipelines import params as parameters
 from pipelines import stage
 from pipelines.errors import UserError
+from pipelines.exchange import Exchange, beside
 from pipelines.orchestrate import graph
-from pipelines.orchestrate.exchange import Exchange, at
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -199,8 +199,7 @@ def git(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str
 
 def exchange(repo: "Repo") -> Exchange:
     """The exchange beside the repository's default remote."""
-    remote = repo.config["remote"][repo.config["core"]["remote"]]
-    return at(remote["url"], remote.get("endpointurl"))
+    return beside(repo.config)
 
 
 def write_lock(folder: Path, entries: dict[str, Lock]) -> None:

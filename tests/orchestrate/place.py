@@ -17,8 +17,8 @@ import psutil
 import yaml
 from world import ROOT, merged
 
+from pipelines.exchange import plain
 from pipelines.orchestrate import local
-from pipelines.orchestrate.exchange import plain
 
 RED, GREEN = "failed", "success"
 # Training is short, the baseline weak and the verdict lenient: these tests are about the way there.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from pipelines.errors import UserError
-from pipelines.orchestrate.exchange import Exchange, Folder, at, plain
+from pipelines.exchange import Exchange, Folder, at, plain
 
 VALUES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=4)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.orchestrate.exchange import Exchange, Record
+from pipelines.exchange import Exchange, Record
 
 LIFETIME = 30.0  # seconds
 RENEWAL = LIFETIME / 6

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.orchestrate import lease
-from pipelines.orchestrate.exchange import Folder
+from pipelines import lease
+from pipelines.exchange import Folder
 
 # Adds one to a number in a file, slowly, under the lease: lost updates show.
 COUNT = """
 import sys, time
 from pathlib import Path
-from pipelines.orchestrate import lease
-from pipelines.orchestrate.exchange import Folder
+from pipelines import lease
+from pipelines.exchange import Folder
 folder = Path(sys.argv[1])
 for _ in range(5):
     with lease.held(Folder(folder), "count", lambda holder: None):
@@ -27,8 +27,8 @@ for _ in range(5):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipelines.orchestrate import lease
-from pipelines.orchestrate.exchange import Folder
+from pipelines import lease
+from pipelines.exchange import Folder
 with lease.held(Folder(Path(sys.argv[1])), "hold", print):
     print("held", flush=True)
     time.sleep(600)

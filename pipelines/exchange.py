@@ -1,5 +1,4 @@
-"""The exchange: where the tasks of a run meet. Small JSON objects beside the data, in a folder or a
-bucket.
+"""The exchange: where processes meet. Small JSON objects beside the data, in a folder or a bucket.
 
 Every write is whole or absent, and `put_new` has one winner: on these two everything else rests.
 
@@ -15,6 +14,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -157,6 +157,22 @@ def at(url: str, endpoint: str | None = None) -> Exchange:
     if parts.scheme not in ("", "file"):
         raise UserError(f"the DVC remote {url} is neither a folder nor s3://")
     return Folder(Path(parts.path) / "orchestrate")
+
+
+def of(checkout: Path) -> Exchange:
+    """The exchange beside the default DVC remote of a checkout."""
+    from dvc.config import Config
+
+    return beside(Config(str(checkout / ".dvc")))
+
+
+def beside(config: Mapping[str, Any]) -> Exchange:
+    """The exchange beside the default remote of DVC's configuration."""
+    name = config["core"].get("remote")
+    if name is None:
+        raise UserError(".dvc/config names no remote; set one: dvc remote add --default NAME URL")
+    remote = config["remote"][name]
+    return at(remote["url"], remote.get("endpointurl"))
 
 
 def plain(kind: str, name: str) -> str:
