@@ -1,0 +1,64 @@
+"""Targets: where a bundle is served. One module each, and one line in the table.
+
+A target has two slots, champion and challenger. Whatever it is told may be told twice: the second
+time changes nothing. What it reports is read from what runs, not from what it was told.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+Slot = Literal["champion", "challenger"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version as a target needs it: its name, and its bundle in a folder."""
+
+    model: str
+    version: int
+    digest: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a slot answered since it started; every number only grows, but the memory.
+
+    `latency` counts answers by upper bound in seconds, each including the smaller ones;
+    `predictions` counts them in equal bins of [0, 1]. An answer that is no probability is an error.
+    """
+
+    requests: int
+    errors: int
+    latency: dict[float, int]
+    predictions: tuple[int, ...]
+    memory_bytes: int
+    restarts: int
+
+
+class Target(Protocol):
+    """Where the slots are served."""
+
+    def start(self, slot: Slot, release: Release) -> None:
+        """Serve the release in the slot; returns once asked, before it is ready."""
+
+    def healthy(self, slot: Slot) -> bool:
+        """Whether all of the slot answers, with the bundle that was started."""
+
+    def shift(self, percent: int, shadow: bool = False) -> None:
+        """Give the challenger this share of the traffic; with `shadow`, a copy of the champion's
+        requests too, whose answers nobody sees.
+        """
+
+    def switch(self) -> None:
+        """The challenger becomes champion with all traffic; the old one stops."""
+
+    def roll_back(self) -> None:
+        """All traffic to the champion; the challenger stops."""
+
+    def serving(self) -> dict[Slot, str]:
+        """The digest of the bundle that each slot serves."""
+
+    def observe(self) -> dict[Slot, Observation]:
+        """What each slot answered; one that cannot be read is absent."""
