@@ -3,14 +3,27 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from world import ROOT, Checkout, thin
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from pipelines import params as parameters
 from pipelines.params import Params
 
 TRACKED = ("params.yaml", "dvc.yaml", "expectations", "pipelines", ".dvc/config", ".dvcignore")
+
+
+class _ByFolder(LoadScopeScheduling):
+    """The tests of one folder run in one process: they share what they start, such as Airflow."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0].rpartition("/")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFolder(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
