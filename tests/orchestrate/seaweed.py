@@ -72,10 +72,11 @@ def running(folder: Path) -> Iterator[Seaweed]:
     config = folder / "s3.json"
     config.write_text(json.dumps(_identities()))
     s3, *others = _ports(4)
+    # Its notes go with its data; its sockets are always in /tmp.
+    env = os.environ | {"TMPDIR": str(folder)}
+    command = _command(folder, config, s3, others)
     with (folder / "weed.log").open("wb") as log:
-        process = subprocess.Popen(
-            _command(folder, config, s3, others), stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     server = Seaweed(f"http://127.0.0.1:{s3}")
     try:
         _wait(process, server, folder / "weed.log")
@@ -84,6 +85,10 @@ def running(folder: Path) -> Iterator[Seaweed]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its data is of no use to anyone
         process.wait()
+        for port in (s3, *others):
+            for name in (f"*-{port}.sock", f"*-grpc-{port + GRPC}.sock"):
+                for left in Path("/tmp").glob(f"seaweedfs-{name}"):
+                    left.unlink()
 
 
 def _command(folder: Path, config: Path, s3: int, others: list[int]) -> list[str]:
