@@ -6,7 +6,6 @@ one whose record stays as it is for `LIFETIME`, by the clock of who waits, or wh
 dead, is followed. No two machines' clocks are compared.
 """
 
-import os
 import secrets
 import socket
 import threading
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.exchange import Exchange, Record
+from pipelines.stage import lives, me
 
 LIFETIME = 30.0  # seconds
 RENEWAL = LIFETIME / 6
@@ -47,11 +47,11 @@ def held(exchange: Exchange, name: str, waiting: Callable[[str], None]) -> Itera
 
     `waiting` is told once who holds it.
     """
-    me = {"place": _place(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-    generation = _acquire(exchange, name, me, waiting)
-    mine = _path(name, generation)
+    holder = {"place": _place(), "process": me(), "token": secrets.token_hex(8)}
+    generation = _acquire(exchange, name, holder, waiting)
+    path = _path(name, generation)
     stop = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(exchange, mine, me, stop), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(exchange, path, holder, stop), daemon=True)
     renewing.start()
     try:
         yield Lease(exchange, name, generation)
@@ -59,10 +59,10 @@ def held(exchange: Exchange, name: str, waiting: Callable[[str], None]) -> Itera
         stop.set()
         renewing.join()
         with suppress(Exception):  # what is not released expires
-            exchange.put(mine, me | {"released": True})
+            exchange.put(path, holder | {"released": True})
 
 
-def _acquire(exchange: Exchange, name: str, me: Record, waiting: Callable[[str], None]) -> int:
+def _acquire(exchange: Exchange, name: str, mine: Record, waiting: Callable[[str], None]) -> int:
     seen: Record | None = None
     since, told = time.monotonic(), False
     while True:
@@ -72,10 +72,10 @@ def _acquire(exchange: Exchange, name: str, me: Record, waiting: Callable[[str],
             seen, since = holder, time.monotonic()
         silent = time.monotonic() - since > LIFETIME
         if holder is None or holder.get("released") or silent or _dead(holder):
-            if exchange.put_new(_path(name, generation + 1), me | {"renewed": 0}):
+            if exchange.put_new(_path(name, generation + 1), mine | {"renewed": 0}):
                 return generation + 1
         elif not told:
-            waiting(f"process {holder['pid']} on {holder['place']}")
+            waiting(f"process {holder['process'].partition(' ')[0]} on {holder['place']}")
             told = True
         time.sleep(POLL)
 
@@ -102,19 +102,13 @@ def _place() -> str:
 
 
 def _dead(holder: Record) -> bool:
-    import psutil
-
-    if holder["place"] != _place():
-        return False
-    try:
-        return bool(psutil.Process(int(holder["pid"])).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+    """Whether it was a process of this place and is gone."""
+    return bool(holder["place"] == _place() and not lives(holder["process"]))
 
 
-def _renew(exchange: Exchange, mine: str, me: Record, stop: threading.Event) -> None:
+def _renew(exchange: Exchange, path: str, holder: Record, stop: threading.Event) -> None:
     count = 0
     while not stop.wait(RENEWAL):
         count += 1
         with suppress(Exception):  # the next renewal may get through
-            exchange.put(mine, me | {"renewed": count})
+            exchange.put(path, holder | {"renewed": count})

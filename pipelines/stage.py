@@ -101,6 +101,27 @@ def _process_start() -> float:
     return float(psutil.Process().create_time())
 
 
+def me() -> str:
+    """This process by its number and its start in seconds, since numbers come again."""
+    import psutil
+
+    return f"{os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def lives(process: str) -> bool:
+    """Whether what `me` named is still at work on this machine."""
+    import psutil
+
+    number, started = map(int, process.split())
+    try:
+        found = psutil.Process(number)
+        # The start is counted from a clock that may be set anew by a second or two.
+        same = abs(found.create_time() - started) < 5
+        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def search_path() -> str:
     """PATH with the programs of this environment first: the commands of dvc.yaml say `python`."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

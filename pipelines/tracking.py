@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import naming
 from pipelines.params import Params
-from pipelines.stage import STATE
+from pipelines.stage import STATE, lives, me
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,7 +110,7 @@ def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
                 "git_commit": git_commit(),
                 "as_of": params.as_of.isoformat(),
                 "host": socket.gethostname(),
-                "process": _process(os.getpid()),
+                "process": me(),
             },
         )
         for name, value in getattr(params, stage).model_dump().items():
@@ -131,19 +131,9 @@ def end_killed(store: "MlflowClient", experiment: str) -> None:
     """Mark as killed what still runs here by the store and whose process is gone."""
     here = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
     for run in store.search_runs([experiment], here):
-        process = run.data.tags.get("process", "")
-        if process != _process(int(process.partition(" ")[0] or 0)):
+        process = run.data.tags.get("process")
+        if process is None or not lives(process):
             store.set_terminated(run.info.run_id, "KILLED")
-
-
-def _process(number: int) -> str:
-    """A process by its number and its start, since numbers come again; "" where there is none."""
-    import psutil
-
-    try:
-        return f"{number} {psutil.Process(number).create_time():.0f}"
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def tag(logger: "MLFlowLogger", tags: dict[str, str]) -> None:

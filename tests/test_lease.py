@@ -66,7 +66,7 @@ def test_a_holder_that_renews_is_waited_for_and_a_silent_one_is_not(
     monkeypatch.setattr(lease, "LIFETIME", 1.0)
     monkeypatch.setattr(lease, "RENEWAL", 0.2)
     exchange = Folder(tmp_path)
-    elsewhere = {"place": "elsewhere", "pid": 1, "token": "x", "renewed": 0}
+    elsewhere = {"place": "elsewhere", "process": "1 0", "token": "x", "renewed": 0}
     exchange.put("leases/silent/000001.json", elsewhere)
     told: list[str] = []
     with lease.held(exchange, "silent", told.append) as held:

@@ -125,7 +125,7 @@ def test_a_killed_fit_does_not_run_for_ever_in_the_store(features: Checkout) -> 
         store.create_run(experiment, tags={"host": host, "process": process}).info.run_id
         for host, process in (
             (socket.gethostname(), f"{os.getpid()} 17"),
-            (socket.gethostname(), tracking._process(os.getpid())),
+            (socket.gethostname(), stage.me()),
             ("elsewhere", "1 17"),
         )
     )
