@@ -20,10 +20,10 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from pipelines import stage, tables
+from pipelines import metrics, stage, tables
 from pipelines.errors import UserError
 from pipelines.params import Evaluate, Params
-from pipelines.train import data, fitted, metrics
+from pipelines.train import data, fitted
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
 

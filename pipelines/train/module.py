@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from pipelines import metrics
 from pipelines.params import Fit
-from pipelines.train import metrics
 from pipelines.train.data import BATCH, Batch, Rows
 from pipelines.train.fitted import probability
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from world import Checkout
 
-from pipelines import stage, tracking
+from pipelines import metrics, stage, tracking
 from pipelines.errors import UserError
-from pipelines.train import data, fit, fitted, metrics, models
+from pipelines.train import data, fit, fitted, models
 from pipelines.train.models.inputs import POINTS, Inputs, NumberEncoder
 
 
