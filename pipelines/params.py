@@ -210,6 +210,19 @@ class Drift(_Block):
     max_label_shift: Share
 
 
+class Gate(_Block):
+    """What a challenger may cost against the champion: see pipelines/deploy/comparison.py."""
+
+    resamples: Positive
+    max_log_loss_rise: Annotated[float, Field(ge=0)]
+    max_ap_fall: Share
+    max_slice_log_loss_rise: Annotated[float, Field(ge=0)]
+    min_slice_rows: Positive
+    max_row_ms: Annotated[float, Field(gt=0)]
+    max_thousand_rows_ms: Annotated[float, Field(gt=0)]
+    max_bundle_mb: Annotated[float, Field(gt=0)]
+
+
 class Tracking(_Block):
     uri: str
     artifacts: str
@@ -276,6 +289,7 @@ class Params(_Block):
     package: Package
     score: Score
     drift: Drift
+    gate: Gate
     tracking: Tracking
     orchestrate: Orchestrate
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipelines import bundle, stage, tracking
 from pipelines import params as parameters
-from pipelines.deploy import register
+from pipelines.deploy import register, registry
 from pipelines.errors import UserError
 from pipelines.ingest import fetch
 from pipelines.params import Params
@@ -174,11 +174,10 @@ def _watch(params: Params, version: dict[str, Any]) -> list[str]:
 
 def _aliases(params: Params, version: dict[str, Any]) -> str:
     """As the registry has them now: people move them, and release does."""
-    store, _ = tracking.client(params)
     from mlflow.exceptions import MlflowException
 
     try:
-        held = register.aliases_of(store, version["model"], str(version["version"]))
+        held = registry.of(params).aliases_of(int(version["version"]))
     except MlflowException:
         return "aliases unknown: the registry does not answer"
     return " and ".join(held) or "no alias"

@@ -40,12 +40,12 @@ def main(run: Callable[[Params], None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     stage = name.rpartition(".")[2]
-    status = _guarded(stage, run)
+    status = guarded(stage, run)
     _record_usage(stage, status)
     sys.exit(status)
 
 
-def _guarded(stage: str, run: Callable[[Params], None]) -> int:
+def guarded(stage: str, run: Callable[[Params], None]) -> int:
     """Run, and turn every exception into one line and a status. The traceback goes to a file."""
     try:
         run(parameters.load())

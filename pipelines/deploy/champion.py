@@ -1,6 +1,6 @@
 """champion: bring the champion's bundle from the registry, byte for byte.
 
-in:   the version of <dataset.name> that has the alias champion
+in:   the version of <dataset.name> that the log of promotions names
 out:  models/bundle/, whole and with the hash that the version names, or not at all;
       reports/champion/record.json
 run:  python -m pipelines.deploy.champion
@@ -9,8 +9,9 @@ run:  python -m pipelines.deploy.champion
 import shutil
 from pathlib import Path
 
-from pipelines import bundle, stage, tracking
-from pipelines.deploy.register import CHAMPION
+from pipelines import bundle, stage
+from pipelines.deploy import promotion, registry
+from pipelines.deploy.registry import CHAMPION, Registry
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -20,32 +21,36 @@ FILES = "extra_files"
 
 
 def run(params: Params) -> None:
-    store, _ = tracking.client(params)
-    import mlflow
-    from mlflow.exceptions import MlflowException
+    held = registry.of(params)
+    entry = promotion.reconcile(held)
+    if entry is None:
+        raise UserError(f"{held.model} has no {CHAMPION} at {params.tracking.uri}")
+    with stage.fresh(bundle.FOLDER) as made:
+        bring(held, entry.version, made)
+    record = {"model": held.model, "version": entry.version, "bundle": entry.bundle}
+    stage.write_json(RECORD, record)
+    stage.say("champion", f"{held.model} version {entry.version}, bundle {entry.bundle[:12]}")
 
-    name = params.dataset.name
-    try:
-        version = store.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise UserError(f"{name} has no {CHAMPION} at {params.tracking.uri}") from None
-        raise
-    wanted = version.tags["bundle"]
-    with stage.scratch("champion") as folder, stage.fresh(bundle.FOLDER) as made:
+
+def bring(held: Registry, version: int, folder: Path) -> None:
+    """Copy the bundle of a version into `folder`, which is empty.
+
+    Raises UserError where it is not the bundle that the version names.
+    """
+    import mlflow
+
+    wanted = str(held.version(version).tags["bundle"])
+    with stage.scratch("champion") as scratch:
         mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{name}/{version.version}", dst_path=str(folder)
+            artifact_uri=f"models:/{held.model}/{version}", dst_path=str(scratch)
         )
-        shutil.copytree(folder / FILES, made, dirs_exist_ok=True)
-        found = stage.digest(made)
-        if found != wanted:
-            raise UserError(
-                f"{name} version {version.version} is damaged: its bundle is {found[:12]}, "
-                f"expected {wanted[:12]}"
-            )
-    entry = {"model": name, "version": int(version.version), "bundle": wanted}
-    stage.write_json(RECORD, entry)
-    stage.say("champion", f"{name} version {version.version}, bundle {wanted[:12]}")
+        shutil.copytree(scratch / FILES, folder, dirs_exist_ok=True)
+    found = stage.digest(folder)
+    if found != wanted:
+        raise UserError(
+            f"{held.model} version {version} is damaged: its bundle is {found[:12]}, "
+            f"expected {wanted[:12]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,240 @@
+"""promotion: which version is champion. An effect: of many at once one wins; told twice, it acts
+once.
+
+    status                               the log, and whether the alias and what is served agree
+    promote VERSION --replaces N         VERSION becomes champion in the place of N
+    roll-back --replaces N               the champion before N comes back
+    approve VERSION, reject VERSION      what release.approval waits for
+    reconcile                            the alias, and what is served, follow the log
+
+run:  python -m pipelines.deploy.promotion --help
+"""
+
+import argparse
+import getpass
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipelines import lease, stage
+from pipelines.deploy import registry
+from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+APPROVED, REJECTED = "approved", "rejected"
+ATTEMPTS = 20
+
+
+def promote(
+    held: Registry,
+    version: int,
+    replaces: int | None,
+    who: str,
+    why: str,
+    evidence: Mapping[str, Any] | None = None,
+) -> Entry:
+    """Make a version champion in the place of `replaces` (None: there was none).
+
+    Raises ConflictError, and nothing changed, where the champion is another by now.
+    """
+    bundle = str(held.version(version).tags["bundle"])
+    entry = Entry(0, version, bundle, replaces, who, why, evidence=evidence or {})
+    return _follow(held, entry)
+
+
+def roll_back(held: Registry, replaces: int, who: str, why: str) -> Entry:
+    """The champion before `replaces` comes back. Raises ConflictError where that is not the
+    champion, UserError where there was none before it.
+    """
+    log = held.log()
+    newest = log[-1] if log else None
+    if newest is not None and newest.rolled_back and newest.replaces == replaces:
+        return _settled(held, newest)  # told before
+    _refuse_another(held, newest, replaces)
+    before = standing(log)[:-1]
+    if not before:
+        raise UserError(f"{held.model}: there was no champion before version {replaces}")
+    back = before[-1]
+    entry = Entry(0, back.version, back.bundle, replaces, who, why, rolled_back=True)
+    return _follow(held, entry)
+
+
+def standing(log: list[Entry]) -> list[Entry]:
+    """The champions that nobody rolled back, the oldest first; the newest is the champion."""
+    stack: list[Entry] = []
+    for entry in log:
+        if entry.rolled_back:
+            stack.pop()
+        else:
+            stack.append(entry)
+    return stack
+
+
+def _follow(held: Registry, entry: Entry) -> Entry:
+    """Write the entry after the newest, if that is the one it says it replaces."""
+    with lease.held(held.exchange, f"promotion-{held.model}", _waits):
+        newest = held.champion()
+        if newest is not None and newest.version == entry.version:
+            return _settled(held, newest)  # told before
+        _refuse_another(held, newest, entry.replaces)
+        entry = replace(entry, number=newest.number + 1 if newest else 1)
+        # The lease keeps others from trying in vain; this is what keeps them out.
+        if not held.append(entry):
+            raise ConflictError(f"{held.model}: another promotion came first; look again")
+        return _settled(held, entry)
+
+
+def _waits(who: str) -> None:
+    stage.say("promotion", f"another promotion is at work: {who}")
+
+
+def _refuse_another(held: Registry, newest: Entry | None, stated: int | None) -> None:
+    found = newest.version if newest else None
+    if found != stated:
+        says = f"version {found}" if found else "none"
+        raise ConflictError(
+            f"{held.model}: the champion is {says} by now, "
+            f"not {f'version {stated}' if stated else 'none'}; look again and decide anew"
+        )
+
+
+def _settled(held: Registry, entry: Entry) -> Entry:
+    reconcile(held)
+    return entry
+
+
+def reconcile(held: Registry) -> Entry | None:
+    """Make the alias and the tags say what the log says, and return its newest entry.
+
+    A model that has a champion by alias alone, from before there was a log, begins its log with it.
+    """
+    entry = held.champion() or _adopt(held)
+    for _ in range(ATTEMPTS):
+        if entry is None:
+            return None
+        _project(held, entry)
+        newest = held.champion()
+        # Another may have promoted meanwhile, and set the alias before us.
+        if newest == entry:
+            return entry
+        entry = newest
+    raise RuntimeError(f"{held.model}: the log of champions grew {ATTEMPTS} times meanwhile")
+
+
+def _adopt(held: Registry) -> Entry | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        number = held.aliases().get(CHAMPION)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    if number is None:
+        return None
+    bundle = str(held.version(number).tags["bundle"])
+    held.append(Entry(1, number, bundle, None, "reconcile", "it was champion by its alias"))
+    return held.champion()
+
+
+def _project(held: Registry, entry: Entry) -> None:
+    held.version(entry.version)
+    aliases = held.aliases()
+    if aliases.get(CHAMPION) != entry.version:
+        held.store.set_registered_model_alias(held.model, CHAMPION, str(entry.version))
+    if aliases.get(CHALLENGER) in (entry.version, entry.replaces):
+        held.store.delete_registered_model_alias(held.model, CHALLENGER)
+    said = f"{entry.at} by {entry.who}: {entry.why}"
+    if entry.rolled_back:
+        held.tag(int(entry.replaces or 0), {"rolled_back": said})
+    else:
+        held.tag(entry.version, {"promoted": said})
+
+
+def refuse_unready(held: Registry, params: Params, version: int) -> None:
+    """Raise UserError unless the gate passed the version and, where asked, a person approved it."""
+    tags = held.version(version).tags
+    if tags.get("gate") != "passed":
+        verdict = tags.get("gate_reason", "the gate has not judged it; run pipelines.deploy.gate")
+        raise UserError(f"{held.model} version {version} may not be promoted: {verdict}")
+    if not params.release.approval:
+        return
+    if REJECTED in tags:
+        raise UserError(f"{held.model} version {version} was rejected: {tags[REJECTED]}")
+    if APPROVED not in tags:
+        raise UserError(
+            f"{held.model} version {version} waits for a person: "
+            f"python -m pipelines.deploy.promotion approve {version}"
+        )
+
+
+def decide(held: Registry, version: int, verdict: str, who: str, why: str) -> None:
+    """Write a person's approval or rejection on the version; the newer decision holds."""
+    other = REJECTED if verdict == APPROVED else APPROVED
+    held.tag(version, {verdict: f"by {who}: {why}"})
+    if other in held.version(version).tags:
+        held.store.delete_model_version_tag(held.model, str(version), other)
+
+
+def status(held: Registry) -> list[str]:
+    """The log as lines, and where the alias disagrees."""
+    log = held.log()
+    lines = [
+        f"{entry.at}  version {entry.version} "
+        f"{'back from' if entry.rolled_back else 'in the place of'} {entry.replaces or 'none'}, "
+        f"by {entry.who}: {entry.why}"
+        for entry in log
+    ]
+    alias = held.aliases().get(CHAMPION) if log else None
+    if log and alias != log[-1].version:
+        lines.append(f"the alias names version {alias}; run reconcile")
+    return lines or [f"{held.model} has no champion"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 2 where the user can mend it, else 1."""
+    given = _parser().parse_args(arguments)
+    return stage.guarded("promotion", lambda params: _do(registry.of(params), params, given))
+
+
+def _do(held: Registry, params: Params, given: argparse.Namespace) -> None:
+    match given.verb:
+        case "promote":
+            refuse_unready(held, params, given.version)
+            promote(held, given.version, given.replaces, given.who, given.why)
+        case "roll-back":
+            roll_back(held, given.replaces, given.who, given.why)
+        case "approve" | "reject":
+            verdict = APPROVED if given.verb == "approve" else REJECTED
+            decide(held, given.version, verdict, given.who, given.why)
+            print(f"{held.model} version {given.version} {verdict} by {given.who}")
+            return
+        case "reconcile":
+            reconcile(held)
+    print("\n".join(status(held)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.deploy.promotion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("status")
+    verbs.add_parser("reconcile")
+    for name in ("promote", "roll-back", "approve", "reject"):
+        verb = verbs.add_parser(name)
+        if name != "roll-back":
+            verb.add_argument("version", type=int)
+        if name in ("promote", "roll-back"):
+            verb.add_argument("--replaces", type=int, required=name == "roll-back")
+        verb.add_argument("--who", default=getpass.getuser())
+        verb.add_argument("--why", default="by hand")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The registry: versions in MLflow, and the log that says which of them is champion.
+
+An alias in MLflow belongs to the last who wrote it. So the champion stands in a log in the
+exchange, beside the data: `champions/<model>-<created>/<number>.json`, one entry after another. An
+entry is written where nothing was, so of all who want to follow the newest entry exactly one does.
+The alias `champion` follows the log. A registry that was made anew begins a new log.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import exchange, tracking
+from pipelines.errors import UserError
+from pipelines.exchange import Exchange
+from pipelines.params import Params
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+class ConflictError(UserError):
+    """The champion is another than was stated."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log: this version is champion from here on, in the place of `replaces`."""
+
+    number: int
+    version: int
+    bundle: str
+    replaces: int | None
+    who: str
+    why: str
+    rolled_back: bool = False
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions of one model, and its log."""
+
+    store: "MlflowClient"
+    model: str
+    exchange: Exchange
+
+    def version(self, number: int) -> "ModelVersion":
+        """Raises UserError where there is no such version."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.store.get_model_version(self.model, str(number))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"{self.model} has no version {number}") from None
+
+    def holders(self, digest: str) -> "list[ModelVersion]":
+        """The versions whose bundle has this hash, the oldest first."""
+        found = self.store.search_model_versions(
+            f"name = '{self.model}' and tags.bundle = '{digest}'"
+        )
+        return sorted(found, key=lambda version: int(version.version))
+
+    def find(self, digest: str) -> "ModelVersion | None":
+        """The oldest version whose bundle has this hash."""
+        return next(iter(self.holders(digest)), None)
+
+    def tag(self, number: int, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self.store.set_model_version_tag(self.model, str(number), name, value)
+
+    def aliases(self) -> dict[str, int]:
+        """The version by alias, as MLflow has it now."""
+        held = dict(self.store.get_registered_model(self.model).aliases)
+        return {alias: int(number) for alias, number in held.items()}
+
+    def aliases_of(self, number: int) -> list[str]:
+        return sorted(alias for alias, holder in self.aliases().items() if holder == number)
+
+    def log(self) -> list[Entry]:
+        """Every entry, the oldest first. Empty where there is no such model yet."""
+        folder = self._folder()
+        if folder is None:
+            return []
+        names = [name for name in self.exchange.names(folder) if re.search(r"/\d{6}\.json$", name)]
+        found = [self.exchange.get(name) for name in names]
+        return [Entry(**record) for record in found if record is not None]
+
+    def champion(self) -> Entry | None:
+        """The newest entry."""
+        return next(reversed(self.log()), None)
+
+    def append(self, entry: Entry) -> bool:
+        """Write the entry; False, and nothing changed, where its number is taken."""
+        return self.exchange.put_new(f"{self._folder()}/{entry.number:06}.json", asdict(entry))
+
+    def _folder(self) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            created = self.store.get_registered_model(self.model).creation_timestamp
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return f"champions/{self.model}-{created}"
+
+
+def of(params: Params) -> Registry:
+    """The registry of the params, with the log beside the data of the current checkout."""
+    store, _ = tracking.client(params)
+    return Registry(store, params.dataset.name, exchange.of(Path.cwd()))
