@@ -67,6 +67,7 @@ class Serving:
     """What one slot does. `digests` are those that its ready replicas report."""
 
     name: str
+    wanted: int
     ports: list[int]
     ready: list[int]
     pids: list[int]
@@ -74,6 +75,11 @@ class Serving:
     # Replicas older than the restart that was heard of last.
     old: int
     seen: Observation | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all replicas are there and ready."""
+        return len(self.ready) == len(self.ports) >= self.wanted
 
 
 @dataclass(frozen=True)

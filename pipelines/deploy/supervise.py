@@ -208,6 +208,7 @@ class Supervisor:
         alive = [one.process.pid for one in replicas]
         return Serving(
             name=name,
+            wanted=self.traffic.replicas,
             ports=[one.port for one in replicas],
             ready=[one.port for one in ready],
             pids=alive,

@@ -64,7 +64,7 @@ class Local:
         found = serving.status(self.folder).slots.get(slot)
         if told is None or found is None or found.name != told.name:
             return False
-        return found.ready == found.ports and found.digests == [told.digest]
+        return found.whole and found.digests == [told.digest]
 
     def shift(self, percent: int, shadow: bool = False) -> None:
         def turn(now: Desired) -> Desired:
@@ -93,16 +93,20 @@ class Local:
 
     def restart(self) -> None:
         """Replace every replica; returns when all are new. Raises UserError if they never are."""
+        if not serving.status(self.folder).slots:
+            raise UserError(f"nothing is served from {self.folder}; start it: make serve")
         serving.change(self.folder, lambda now: replace(now, restarts=now.restarts + 1))
         asked = serving.desired(self.folder).restarts
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             now = serving.status(self.folder)
-            fresh = [not one.old and one.ready == one.ports for one in now.slots.values()]
-            if now.restarts >= asked and all(fresh):
+            fresh = [one.whole and not one.old for one in now.slots.values()]
+            if fresh and now.restarts >= asked and all(fresh):
                 return
             time.sleep(0.2)
-        raise UserError(f"the replicas were not replaced in {PATIENCE:.0f} s; is `make serve` up?")
+        raise UserError(
+            f"the replicas were not replaced in {PATIENCE:.0f} s; see {self.folder}/logs"
+        )
 
 
 def _alone(now: Desired) -> Desired:
