@@ -223,6 +223,64 @@ class Gate(_Block):
     max_bundle_mb: Annotated[float, Field(gt=0)]
 
 
+class Ejection(_Block):
+    """When a replica gets no requests for a while, and how many may be out at once."""
+
+    failures: Positive
+    seconds: Positive
+    percent: Annotated[int, Field(gt=0, le=100)]
+
+
+Port = Annotated[int, Field(gt=0, lt=2**16)]
+
+
+class Traffic(_Block):
+    """Envoy and the replicas behind it."""
+
+    address: str
+    port: Port
+    admin_port: Port
+    replicas: Positive
+    timeout_seconds: Positive
+    retries: Annotated[int, Field(ge=0)]
+    max_requests: Positive
+    ejection: Ejection
+
+
+class Tolerance(_Block):
+    """By how much a challenger may be worse than the champion."""
+
+    errors: Share
+    latency: Share
+    predictions: Share
+    disagreement: Annotated[float, Field(gt=0, lt=1)]
+    log_loss: Annotated[float, Field(ge=0)]
+
+
+class Release(_Block):
+    """The steps of a release, and how each is judged."""
+
+    target: str
+    approval: bool
+    shadow_seconds: Positive
+    steps: Annotated[list[Annotated[int, Field(gt=0, le=100)]], Field(min_length=1)]
+    step_seconds: Positive
+    step_requests: Positive
+    limit_seconds: Positive
+    tolerance: Tolerance
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    memory_mb: Positive
+    restarts: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Release":
+        if self.steps != sorted(set(self.steps)) or self.steps[-1] != 100:
+            raise ValueError(f"steps are {self.steps}; expected to rise, and to end with 100")
+        if self.limit_seconds < max(self.step_seconds, self.shadow_seconds):
+            raise ValueError("limit_seconds is shorter than a step; expected at least as long")
+        return self
+
+
 class Tracking(_Block):
     uri: str
     artifacts: str
@@ -290,6 +348,8 @@ class Params(_Block):
     score: Score
     drift: Drift
     gate: Gate
+    traffic: Traffic
+    release: Release
     tracking: Tracking
     orchestrate: Orchestrate
 

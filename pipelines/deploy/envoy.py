@@ -1,0 +1,177 @@
+"""Envoy, the proxy before the replicas: its files, rendered from params.yaml, and what it counts.
+
+in:   infra/envoy/*.yaml, the block `traffic` of params.yaml
+out:  in one folder: bootstrap.yaml, read once; clusters.json, routes.json and one endpoints file
+      per cluster, which Envoy watches. Each takes the place of the one before by a rename.
+
+A cluster is one started release. Its name never comes again, so its counters are its own.
+"""
+
+import hashlib
+import json
+import string
+import subprocess
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines import stage
+from pipelines.errors import UserError
+from pipelines.params import Traffic
+
+TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
+TYPES = "type.googleapis.com/envoy.config"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A share of the requests: the cluster that answers, and the one that gets a copy."""
+
+    percent: int
+    cluster: str
+    copy: str | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What callers met at a cluster: requests that ended, those that did not end well, and the
+    cumulative histogram of seconds.
+    """
+
+    requests: int
+    errors: int
+    latency: dict[float, int]
+
+
+def prepare(folder: Path, traffic: Traffic) -> Path:
+    """Write the bootstrap, and routes and clusters of nothing where there are none yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bootstrap = folder / "bootstrap.yaml"
+    with stage.whole(bootstrap) as partial:
+        partial.write_text(yaml.safe_dump(_render("bootstrap", traffic, folder=folder.resolve())))
+    clusters(folder, traffic, [])
+    routes(folder, traffic, [])
+    return bootstrap
+
+
+def clusters(folder: Path, traffic: Traffic, names: list[str]) -> str:
+    """Write the clusters. Returns the version that Envoy reports once it has them."""
+    made = [_render("cluster", traffic, name=name, folder=folder.resolve()) for name in names]
+    return _publish(folder / "clusters.json", made)
+
+
+def endpoints(folder: Path, name: str, ports: list[int]) -> str:
+    """Write the ports of a cluster's replicas."""
+    found = [
+        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}}
+        for port in ports
+    ]
+    assignment = {
+        "@type": f"{TYPES}.endpoint.v3.ClusterLoadAssignment",
+        "cluster_name": name,
+        "endpoints": [{"lb_endpoints": found}],
+    }
+    return _publish(folder / f"endpoints-{name}.json", [assignment])
+
+
+def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
+    """Write the ways, whose percents sum to 100. Returns the version, as `clusters` does."""
+    made, left = [], 100
+    for way in ways:
+        # Each route sees what those before it left.
+        share = round(1_000_000 * way.percent / left) if left else 0
+        left -= way.percent
+        route = _render("route", traffic, name=way.cluster, share=share)
+        if way.copy is not None:
+            route["route"]["request_mirror_policies"] = [{"cluster": way.copy}]
+        made.append(route)
+    host = {"name": "all", "domains": ["*"], "routes": made}
+    table = {"@type": f"{TYPES}.route.v3.RouteConfiguration", "name": "traffic"}
+    return _publish(folder / "routes.json", [table | {"virtual_hosts": [host]}])
+
+
+def _render(template: str, traffic: Traffic, **values: Any) -> dict[str, Any]:
+    ejection = {f"ejection_{key}": value for key, value in traffic.ejection.model_dump().items()}
+    text = (TEMPLATES / f"{template}.yaml").read_text(encoding="utf-8")
+    filled = string.Template(text).substitute(traffic.model_dump() | ejection | values)
+    return dict(yaml.safe_load(filled))
+
+
+def _publish(path: Path, resources: list[dict[str, Any]]) -> str:
+    """Replace what Envoy watches, if it changed. The version is the content's."""
+    version = hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
+    value = {"version_info": version, "resources": resources}
+    if not path.is_file() or stage.read_json(path) != value:
+        stage.write_json(path, value)
+    return version
+
+
+class Admin:
+    """A running Envoy's own figures. Nothing can be read (OSError) from one that is not up."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.url = f"http://127.0.0.1:{traffic.admin_port}"
+
+    def applied(self, kind: str) -> str:
+        """The version in force of `cds` or `rds`."""
+        found = self._get(f"/stats?format=json&type=TextReadouts&filter={kind}.*version_text")
+        return next((str(one["value"]) for one in found["stats"] if "value" in one), "")
+
+    def healthy(self) -> dict[str, set[int]]:
+        """The ports that Envoy would send a request to, by cluster."""
+        found = self._get("/clusters?format=json")
+        return {
+            cluster["name"]: {
+                host["address"]["socket_address"]["port_value"]
+                for host in cluster.get("host_statuses", [])
+                if host["health_status"] == {"eds_health_status": "HEALTHY"}
+            }
+            for cluster in found.get("cluster_statuses", [])
+        }
+
+    def counted(self, cluster: str) -> Counted:
+        """What callers met at the cluster; an answer of 4xx is one that did not end well, too."""
+        counters = "upstream_rq_(completed|4xx|5xx|time)$"
+        found = self._get(
+            f"/stats?format=json&histogram_buckets=cumulative&filter=^cluster.{cluster}.{counters}"
+        )
+        value = {
+            one["name"].rpartition("_")[2]: one["value"] for one in found["stats"] if "name" in one
+        }
+        histograms: list[dict[str, Any]] = next(
+            (one["histograms"] for one in found["stats"] if "histograms" in one), []
+        )
+        latency = {
+            bucket["upper_bound"] / 1000: bucket["cumulative"]
+            for histogram in histograms
+            for bucket in histogram["buckets"]
+        }
+        errors = value.get("4xx", 0) + value.get("5xx", 0)
+        return Counted(value.get("completed", 0), errors, latency)
+
+    def _get(self, path: str) -> dict[str, Any]:
+        quoted = urllib.parse.quote(path, safe="/?&=.")
+        with urllib.request.urlopen(self.url + quoted, timeout=2) as answer:
+            return dict(json.load(answer))
+
+
+def validate(bootstrap: Path) -> None:
+    """Let Envoy itself read the file. Raises UserError with its first complaint."""
+    command = ["envoy", "--mode", "validate", "-c", str(bootstrap), "--log-level", "error"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": stage.search_path()}, check=False
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise UserError(f"{bootstrap}: Envoy refuses it: {said[0]}")
+
+
+def command(bootstrap: Path, log: Path) -> list[str]:
+    """Envoy as a process that ends when its standard input does, whoever held the other end."""
+    tether = 'exec 3<&0; (cat <&3 >/dev/null; kill $$) 2>/dev/null & exec "$@" 3<&- </dev/null'
+    envoy = ["envoy", "-c", str(bootstrap), "--concurrency", "1", "--disable-hot-restart"]
+    return ["sh", "-c", tether, "sh", *envoy, "--log-level", "warning", "--log-path", str(log)]

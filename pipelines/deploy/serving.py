@@ -1,0 +1,147 @@
+"""What this machine should serve, and what it does: two files under .state/serving/.
+
+    desired.json   written by the local target: a release per slot, and who gets how much
+    status.json    written by the supervisor about twice a second: what runs, and what it counted
+
+Either writer may die at any moment: both files are whole or as they were.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines import stage
+from pipelines.deploy.targets import Observation, Slot
+
+FOLDER = stage.STATE / "serving"
+# A status older than this says nothing: its supervisor is dead or stuck.
+FRESH = 5.0  # seconds
+# The challenger keeps its share only as long as somebody says so again: who judged it may be dead.
+HOLD = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Started:
+    """A release that a slot was told to serve. `name` is its own for ever, in Envoy too."""
+
+    name: str
+    model: str
+    version: int
+    digest: str
+    # What answers where its model faults: the champion of the time it was started.
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What should be. `share` and `shadow` count from `shifted`, for HOLD seconds."""
+
+    champion: Started | None = None
+    challenger: Started | None = None
+    percent: int = 0
+    shadow: bool = False
+    shifted: float = 0.0
+    # How many releases were ever started, and how often all replicas were to be replaced.
+    started: int = 0
+    restarts: int = 0
+
+    def slots(self) -> dict[Slot, Started]:
+        both: dict[Slot, Started | None] = {
+            "champion": self.champion,
+            "challenger": self.challenger,
+        }
+        return {slot: started for slot, started in both.items() if started is not None}
+
+    def held(self) -> "Desired":
+        """What is still in force: a share that nobody renewed is none."""
+        if time.time() - self.shifted > HOLD:
+            return replace(self, percent=0, shadow=False)
+        return self
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What one slot does. `digests` are those that its ready replicas report."""
+
+    name: str
+    wanted: int
+    ports: list[int]
+    ready: list[int]
+    pids: list[int]
+    digests: list[str]
+    # Replicas older than the restart that was heard of last.
+    old: int
+    seen: Observation | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all replicas are there and ready."""
+        return len(self.ready) == len(self.ports) >= self.wanted
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is, `at` a time: `percent` and `shadow` as Envoy has them in force, and how often all
+    replicas were to be replaced, as far as the supervisor has heard.
+    """
+
+    at: float = 0.0
+    pid: int = 0
+    envoy: int = 0
+    percent: int = 0
+    shadow: bool = False
+    restarts: int = 0
+    slots: dict[Slot, Serving] = field(default_factory=dict)
+
+
+def desired(folder: Path) -> Desired:
+    """What should be; nothing where nobody said so yet."""
+    path = folder / "desired.json"
+    if not path.is_file():
+        return Desired()
+    values = stage.read_json(path)
+    for slot in ("champion", "challenger"):
+        values[slot] = Started(**values[slot]) if values[slot] else None
+    return Desired(**values)
+
+
+def change(folder: Path, turn: Callable[[Desired], Desired]) -> None:
+    """Replace what should be by what `turn` makes of it, one at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "desired.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = desired(folder)
+        after = turn(before)
+        if after != before:
+            stage.write_json(folder / "desired.json", asdict(after))
+
+
+def report(folder: Path, status: Status) -> None:
+    stage.write_json(folder / "status.json", asdict(status))
+
+
+def status(folder: Path) -> Status:
+    """What is; of a supervisor that stopped to report, nothing."""
+    path = folder / "status.json"
+    values = stage.read_json(path) if path.is_file() else {}
+    if time.time() - values.get("at", 0.0) > FRESH:
+        return Status()
+    slots = {slot: _serving(found) for slot, found in values.pop("slots").items()}
+    return Status(**values, slots=slots)
+
+
+def _serving(values: dict[str, Any]) -> Serving:
+    seen = values.pop("seen")
+    if seen is not None:
+        seen["latency"] = {float(bound): count for bound, count in seen["latency"].items()}
+        seen["predictions"] = tuple(seen["predictions"])
+        seen = Observation(**seen)
+    return Serving(**values, seen=seen)
+
+
+def bundle_of(folder: Path, digest: str) -> Path:
+    """Where a bundle lies that is or was served here."""
+    return folder / "bundles" / digest

@@ -1,0 +1,120 @@
+"""A supervisor in a process of its own, and callers who count what they get."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from world import ROOT
+
+from pipelines import stage
+from pipelines.deploy import serving
+from pipelines.deploy.replicas import free_port
+from pipelines.deploy.targets import Release
+from pipelines.deploy.targets.local import Local
+from pipelines.params import Params, Traffic
+
+STANDIN = (sys.executable, str(ROOT / "tests" / "deploy" / "standin.py"))
+RUN = """
+import json, signal, sys
+from pathlib import Path
+from pipelines.deploy.supervise import Supervisor
+from pipelines.params import Traffic
+folder, traffic, program = json.loads(sys.argv[1])
+supervisor = Supervisor(Path(folder), Traffic(**traffic), program)
+signal.signal(signal.SIGTERM, lambda *_: supervisor.over.set())
+supervisor.run()
+"""
+
+
+@dataclass
+class Served:
+    """A folder with a supervisor that can be killed and started again."""
+
+    folder: Path
+    traffic: Traffic
+    program: Sequence[str]
+    env: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def target(self) -> Local:
+        return Local(self.folder)
+
+    def start(self) -> None:
+        given = [str(self.folder), self.traffic.model_dump(), list(self.program)]
+        command = [sys.executable, "-c", RUN, json.dumps(given)]
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | self.env
+        self.process = subprocess.Popen(command, env=env, cwd=ROOT)
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(60)
+
+    def status(self) -> serving.Status:
+        return serving.status(self.folder)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.traffic.port}{path}"
+
+    def ask(self, times: int) -> Counter[str]:
+        """So many requests one after another: the bundle that answered, or what went wrong."""
+        return Counter(self.answer(f"row {number}".encode())[0] for number in range(times))
+
+    def answer(self, body: bytes, path: str = "/predict") -> tuple[str, Any]:
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(self.url(path), data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return str(answer.headers["x-bundle"]), json.load(answer)
+        except urllib.error.HTTPError as error:
+            return f"{error}: {error.read().decode()}", None
+        except OSError as error:
+            return str(error), None
+
+
+def free(traffic: Traffic, **changes: Any) -> Traffic:
+    """The traffic of params.yaml on ports that nobody has."""
+    ports = {"port": free_port(), "admin_port": free_port()}
+    return traffic.model_copy(update=ports | changes)
+
+
+@contextmanager
+def served(
+    folder: Path, params: Params, faults: Mapping[str, str] | None = None, **changes: Any
+) -> Iterator[Served]:
+    """Stand-ins behind Envoy until the block ends; `faults` by the digest of a bundle."""
+    env = {"HEADRACE_FAULTS": json.dumps(dict(faults or {}))}
+    made = Served(folder, free(params.traffic, **changes), STANDIN, env)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def release(folder: Path, version: int) -> Release:
+    """A version whose bundle is a word: a stand-in opens nothing."""
+    place = folder / f"bundle-{version}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "word").write_text(f"version {version}")
+    return Release("flights", version, stage.digest(place), place)
+
+
+def until(condition: Any, seconds: float = 30.0) -> float:
+    """Wait for it. Returns how long it took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, f"not within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - begun

@@ -1,0 +1,160 @@
+"""The local target: it keeps every target's promises, and callers notice no death behind Envoy."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from deploy.served import Served, release, served, until
+from deploy.targets.compliance import Compliance, Place
+from world import ROOT
+
+from pipelines.deploy import serving
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+
+class TestLocal(Compliance):
+    """Stand-ins behind a real Envoy."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path, params: Params) -> Iterator[Place]:
+        with served(tmp_path / "serving", params, replicas=1) as here:
+            until(lambda: here.status().envoy)
+            yield Place(here.target, release(tmp_path, 1), release(tmp_path, 2), here.ask)
+
+
+@pytest.fixture
+def here(tmp_path: Path, params: Params) -> Iterator[Served]:
+    """A healthy champion on two replicas."""
+    with served(tmp_path / "serving", params) as made:
+        made.target.start("champion", release(tmp_path, 1))
+        until(lambda: made.target.healthy("champion"))
+        yield made
+
+
+class Callers:
+    """Three callers that ask without a pause and count what they get."""
+
+    def __init__(self, here: Served) -> None:
+        self.seen: Counter[str] = Counter()
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self._ask, args=(here,)) for _ in range(3)]
+
+    def _ask(self, here: Served) -> None:
+        while not self.over.is_set():
+            self.seen.update(here.ask(1))
+            time.sleep(0.005)
+
+    def __enter__(self) -> "Callers":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def _champion(here: Served) -> serving.Serving:
+    return here.status().slots["champion"]
+
+
+def test_a_killed_replica_is_started_again_and_no_request_fails(here: Served) -> None:
+    with Callers(here) as callers:
+        for _ in range(2):
+            victim = _champion(here).pids[0]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda victim=victim: victim not in _champion(here).pids)
+            until(lambda: here.target.healthy("champion"))
+    digest = _champion(here).digests[0]
+    assert set(callers.seen) == {digest}
+    assert callers.seen[digest] > 100
+    assert here.target.observe()["champion"].restarts == 2
+
+
+def test_a_rolling_restart_replaces_every_replica_and_no_request_fails(here: Served) -> None:
+    before = set(_champion(here).pids)
+    with Callers(here) as callers:
+        here.target.restart()
+    assert set(callers.seen) == {_champion(here).digests[0]}
+    after = _champion(here)
+    assert not before & set(after.pids)
+    assert len(after.pids) == 2
+    assert here.target.observe()["champion"].restarts == 0
+
+
+def test_a_killed_envoy_is_started_again_and_counts_go_on(here: Served) -> None:
+    digest = _champion(here).digests[0]
+    here.ask(20)
+    until(lambda: here.target.observe()["champion"].requests >= 20)
+    os.kill(here.status().envoy, signal.SIGKILL)
+    until(lambda: here.ask(1)[digest] == 1)
+    until(lambda: here.target.observe()["champion"].requests >= 21)
+
+
+def test_a_killed_supervisor_leaves_nothing_and_the_next_goes_on(here: Served) -> None:
+    processes = [psutil.Process(pid) for pid in [*_champion(here).pids, here.status().envoy]]
+    assert here.process is not None
+    here.process.kill()
+    here.process.wait()
+    until(lambda: not any(process.is_running() for process in processes), 10)
+    until(lambda: not here.target.healthy("champion"), 10)
+    here.start()
+    until(lambda: here.target.healthy("champion"))
+    assert set(here.ask(5)) == {_champion(here).digests[0]}
+
+
+def test_a_share_that_nobody_renews_goes_back_to_the_champion(here: Served, tmp_path: Path) -> None:
+    """A controller that was killed leaves no bad challenger before callers."""
+    here.target.start("challenger", release(tmp_path, 2))
+    until(lambda: here.target.healthy("challenger"))
+    here.target.shift(50, shadow=True)
+    until(lambda: (here.status().percent, here.status().shadow) == (50, True))
+    long_ago = time.time() - serving.HOLD
+    serving.change(here.folder, lambda now: serving.replace(now, shifted=long_ago))
+    until(lambda: (here.status().percent, here.status().shadow) == (0, False))
+
+
+def test_a_shadow_gets_copies_and_answers_nobody(here: Served, tmp_path: Path) -> None:
+    here.target.start("challenger", release(tmp_path, 2))
+    until(lambda: here.target.healthy("challenger"))
+    here.target.shift(0, shadow=True)
+    until(lambda: here.status().shadow)
+    assert set(here.ask(50)) == {_champion(here).digests[0]}
+    until(lambda: here.target.observe()["challenger"].requests >= 50)
+
+
+def test_one_folder_has_one_supervisor(here: Served, params: Params) -> None:
+    from pipelines.deploy.supervise import Supervisor
+
+    with pytest.raises(UserError, match="another supervisor"):
+        Supervisor(here.folder, here.traffic).run()
+
+
+def test_a_bundle_that_is_not_its_name_is_not_started(here: Served, tmp_path: Path) -> None:
+    wrong = serving.replace(release(tmp_path, 2), digest="0" * 64)
+    with pytest.raises(UserError, match="is not the bundle"):
+        here.target.start("challenger", wrong)
+
+
+def test_nothing_served_is_nothing_to_restart(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.deploy.targets.local", "restart"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "start it: make serve" in done.stderr
