@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from deploy import faults
 from deploy.faults import Receive, Scope, Send
 
+from pipelines.deploy import whole
+
 BINS = 20
 
 
@@ -94,7 +96,10 @@ async def serve(port: int, standin: Standin) -> None:
             super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
     app = faults.around(standin, standin.fault)
-    server = Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, log_level="warning", http=whole.Protocol
+    )
+    server = Server(config)
 
     def gone() -> None:
         if not sys.stdin.buffer.read1(1):
@@ -111,7 +116,6 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--with-parent", action="store_true")
     given = parser.parse_args()
-    # uvloop sends head and body of an answer at once: none is cut in two by a kill.
     uvloop.run(serve(given.port, Standin(given.digest, faults.of(given.digest))))
 
 
