@@ -268,6 +268,7 @@ class Release(_Block):
     step_requests: Positive
     limit_seconds: Positive
     tolerance: Tolerance
+    labels: str
     alpha: Annotated[float, Field(gt=0, lt=1)]
     memory_mb: Positive
     restarts: Annotated[int, Field(ge=0)]

@@ -1,26 +1,21 @@
-"""The judgement on a challenger: what both slots answered goes in, good, bad or undecided comes out.
+"""The judgement on a challenger: what both slots answered goes in, good, bad or undecided out.
 
-Each fault is a bet against "the challenger is at most `tolerance` worse than the champion". The
-bettor begins with 1 and may stake a part of what it has on each pair of answers; if the claim is
-true, its expected wealth never grows, so (Ville's inequality) the chance that it *ever* reaches
-1/level is at most `level`, however often one looks. That is why a release may look every second.
-
-Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86 (2024).
-The levels of all bets sum to alpha. Pure functions: no clock, no disk, and chance only by `turn`.
+Each fault is a bet (pipelines/deploy/bets.py) whose level is a part of release.alpha: a challenger
+within the tolerance is called bad with at most that chance, though one looks every second. Pure
+functions: no clock, no disk, and chance only by the number of the look.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from pipelines.deploy.bets import Bet, Pairs, Share
 from pipelines.deploy.targets import Observation, Slot
 from pipelines.params import Release as Limits
 
-# Parts of the wealth that are staked, each by a bettor of its own; the wealth is their mean.
-STAKES = (0.01, 0.03, 0.1, 0.3, 0.6, 0.9)
 KINDS = ("errors", "latency", "predictions", "disagreement", "labels")
 BINS = 20
 # The prediction's distribution moved if more of it than tolerated lies on one side of any cut: the
@@ -35,95 +30,18 @@ Seen = Mapping[Slot, Observation]
 
 
 @dataclass(frozen=True)
-class Bet:
-    """The logarithms of the bettors' wealth."""
-
-    logs: tuple[float, ...] = (0.0,) * len(STAKES)
-
-    def after(self, gains: Iterable[tuple[float, int]]) -> "Bet":
-        """After so many outcomes of each gain, all at least -1 and in expectation at most 0."""
-        logs = np.array(self.logs)
-        for gain, times in gains:
-            logs += times * np.log1p(np.array(STAKES) * gain)
-        return Bet(tuple(logs.tolist()))
-
-    @property
-    def log(self) -> float:
-        return float(np.logaddexp.reduce(self.logs) - math.log(len(STAKES)))
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of so many."""
-
-    marked: int = 0
-    all: int = 0
-
-    def __add__(self, other: "Share") -> "Share":
-        return Share(self.marked + other.marked, self.all + other.all)
-
-    @property
-    def value(self) -> float:
-        return self.marked / self.all if self.all else 0.0
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A bet that the challenger's share is above the champion's by more than a tolerance.
-
-    Answers of both are paired by chance; `waiting` has no partner yet.
-    """
-
-    bet: Bet = Bet()
-    waiting: Mapping[Slot, Share] = field(
-        default_factory=lambda: {"champion": Share(), "challenger": Share()}
-    )
-    seen: Mapping[Slot, Share] = field(
-        default_factory=lambda: {"champion": Share(), "challenger": Share()}
-    )
-
-    def after(
-        self, new: Mapping[Slot, Share], tolerance: float, chance: np.random.Generator
-    ) -> "Pairs":
-        here = {slot: self.waiting[slot] + share for slot, share in new.items()}
-        pairs = min(share.all for share in here.values())
-        drawn = {slot: _draw(chance, share, pairs) for slot, share in here.items()}
-        ours, theirs = drawn["challenger"], drawn["champion"]
-        both = _draw(chance, Share(theirs, pairs), ours)
-        scale = 1 + tolerance  # the difference of two marks, less the tolerance, is at least -scale
-        gains = [
-            ((1 - tolerance) / scale, ours - both),
-            (-1.0, theirs - both),
-            (-tolerance / scale, pairs - ours - theirs + both),
-        ]
-        left = {
-            slot: Share(one.marked - drawn[slot], one.all - pairs) for slot, one in here.items()
-        }
-        seen = {slot: self.seen[slot] + share for slot, share in new.items()}
-        return Pairs(self.bet.after(gains), left, seen)
-
-    def says(self) -> str:
-        return f"{self.seen['challenger'].value:.1%} against {self.seen['champion'].value:.1%}"
-
-
-def _draw(chance: np.random.Generator, share: Share, number: int) -> int:
-    """How many are marked among `number` of the share, drawn without return."""
-    return int(chance.hypergeometric(share.marked, share.all - share.marked, number))
-
-
-@dataclass(frozen=True)
 class Case:
     """All that was heard since the release began, at `first`."""
 
     first: Seen
     last: Seen
     bound: float | None = None
-    errors: Pairs = Pairs()
-    latency: Pairs = Pairs()
-    predictions: tuple[Pairs, ...] = (Pairs(),) * len(SIDES)
-    disagreement: Bet = Bet()
-    labels: Bet = Bet()
-    distances: Share = Share()  # in thousandths
+    errors: Pairs = field(default_factory=Pairs)
+    latency: Pairs = field(default_factory=Pairs)
+    predictions: tuple[Pairs, ...] = field(default=(Pairs(),) * len(SIDES))
+    disagreement: Bet = field(default_factory=Bet)
+    labels: Bet = field(default_factory=Bet)
+    distances: Share = field(default_factory=Share)  # in thousandths
     turn: int = 0
 
 

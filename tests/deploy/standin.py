@@ -111,7 +111,7 @@ async def serve(port: int, standin: Standin) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--bundle", "--digest", "--fallback", "--fallback-digest"):
+    for name in ("--bundle", "--digest", "--fallback", "--fallback-digest", "--version"):
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     parser.add_argument("--with-parent", action="store_true")

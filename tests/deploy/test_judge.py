@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.deploy import judge
-from pipelines.deploy.judge import Bet, Case, Pairs, Share
+from pipelines.deploy.bets import Bet, Pairs, Share
+from pipelines.deploy.judge import Case
 from pipelines.deploy.targets import Observation, Slot
 from pipelines.params import Params, Release
 
