@@ -105,7 +105,9 @@ class Verified:
         import pyarrow.parquet as pq
 
         label = self.contract["label"]
-        return float(pc.mean(pq.read_table(io.BytesIO(self.reference), columns=[label])[label]).as_py())
+        return float(
+            pc.mean(pq.read_table(io.BytesIO(self.reference), columns=[label])[label]).as_py()
+        )
 
 
 def verify(folder: Path, digest: str) -> None:
@@ -132,7 +134,7 @@ def verified(folder: Path, digest: str) -> Verified:
 def _read(folder: Path) -> dict[str, bytes]:
     """The bytes of the three files, which no link and no surprise may stand for."""
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(one.name for one in folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; expected the folder of a bundle") from None
     if folder.is_symlink() or names != sorted(LARGEST):
@@ -149,7 +151,7 @@ def _plain(file: Path, limit: int) -> bytes:
         handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; expected a plain file, no link") from None
-    with open(handle, "rb") as opened:
+    with os.fdopen(handle, "rb") as opened:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{file}: is no plain file")
