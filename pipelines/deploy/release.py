@@ -64,6 +64,8 @@ class Controller:
         if found is not None and found.begun["challenger"] == now.version:
             self._finish(found)  # killed between the promotion and the switch
             return
+        # Also where nothing is to be released: what is served follows the log.
+        theirs = self._start("champion", now.version)
         version = self._challenger(shadow)
         if found is None:
             found = trail.follow(
@@ -74,11 +76,12 @@ class Controller:
                 shadow=shadow,
             )
         with self._safe(found):
-            theirs = self._start("champion", now.version)
             ours = self._start("challenger", version)
             captures = Path(self.params.serve.capture.folder)
             self.mirrored = Mirrored(captures, Path(self.limits.labels), theirs, ours)
             self._step_by_step(found, now, version)
+        if not found.ended:
+            self._finish(found)
 
     def _unfinished(self, now: Entry) -> Trail | None:
         """The release to go on with. One of other versions than today's is over."""
@@ -139,7 +142,6 @@ class Controller:
         promotion.promote(
             self.held, version, now.version, "release", f"release {found.number}", evidence
         )
-        self._finish(found)
 
     def _steps(self, found: Trail) -> Iterator[tuple[int, int]]:
         """Shares and seconds that are still to come. The first share is none: a shadow."""
@@ -169,13 +171,17 @@ class Controller:
 
     @contextmanager
     def _safe(self, found: Trail) -> Iterator[None]:
-        """Whatever goes wrong, the champion gets all traffic; unless another is at work by now."""
+        """Whatever goes wrong, the champion gets all traffic; unless another controller is at work
+        by now, or the challenger has become champion: then the next run makes the switch.
+        """
         try:
             yield
         except lease.LostError:
             raise
         except BaseException as error:
-            if not found.ended:
+            now = self.held.champion()
+            won = now is not None and now.version == found.begun["challenger"]
+            if not found.ended and not won:
                 self._roll_back(found, str(error) or type(error).__name__)
             raise
 

@@ -6,6 +6,7 @@ run:  make serve
 """
 
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -74,16 +75,16 @@ def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
 
 
 def _example(folder: Path) -> str:
-    """A row of the bundle's reference as /predict takes it; what is missing is left out."""
+    """A row of the bundle's reference as /predict takes it."""
     columns = [one["name"] for one in stage.read_json(folder / bundle.CONTRACT)["columns"]]
     row = pq.read_table(folder / bundle.REFERENCE, columns=columns).slice(0, 1).to_pylist()[0]
-    known = {name: value for name, value in row.items() if value is not None and value == value}
-    return json.dumps(
-        {
-            name: value if isinstance(value, str) else round(value, 3)
-            for name, value in known.items()
-        }
-    )
+    return json.dumps({name: _plain(value) for name, value in row.items()})
+
+
+def _plain(value: str | float | None) -> str | float | None:
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 3)
+    return value
 
 
 if __name__ == "__main__":

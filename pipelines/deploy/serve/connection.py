@@ -10,6 +10,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from pipelines.deploy.whole import Gathered
+
 # Beyond the connections: the model, logs, captures.
 OTHER_FILES = 256
 
@@ -22,7 +24,7 @@ class Connection(HttpToolsProtocol):
     since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Gathered(transport))  # type: ignore[arg-type]
         self.since = self.loop.time()
         if len(self.connections) > self.largest:
             transport.abort()
