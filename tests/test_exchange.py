@@ -6,7 +6,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import boto3
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from pipelines.errors import UserError
 from pipelines.exchange import Exchange, Folder, at, plain
@@ -22,27 +20,13 @@ from pipelines.exchange import Exchange, Folder, at, plain
 VALUES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=4)
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Exchange]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="runs")
-        yield at("s3://runs/deep/prefix", endpoint)
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "bucket"])
 def exchange(request: pytest.FixtureRequest, tmp_path: Path) -> Exchange:
     if request.param == "folder":
         return at(str(tmp_path))
-    made: Exchange = request.getfixturevalue("bucket")
-    return made
+    endpoint = request.getfixturevalue("s3")
+    boto3.client("s3").create_bucket(Bucket=tmp_path.name.replace("_", "-").lower())
+    return at(f"s3://{tmp_path.name.replace('_', '-').lower()}/deep/prefix", endpoint)
 
 
 def test_what_was_put_is_got(exchange: Exchange) -> None:

@@ -4,7 +4,6 @@ once.
     status                               the log, and whether the alias and what is served agree
     promote VERSION --replaces N         VERSION becomes champion in the place of N
     roll-back --replaces N               the champion before N comes back
-    approve VERSION, reject VERSION      what release.approval waits for
     reconcile                            the alias, and what is served, follow the log
 
 run:  python -m pipelines.deploy.promotion --help
@@ -18,12 +17,11 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines import lease, stage
-from pipelines.deploy import registry
+from pipelines.deploy import approval, registry
 from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
 from pipelines.errors import UserError
 from pipelines.params import Params
 
-APPROVED, REJECTED = "approved", "rejected"
 ATTEMPTS = 20
 
 
@@ -74,6 +72,9 @@ def standing(log: list[Entry]) -> list[Entry]:
 
 def _follow(held: Registry, entry: Entry) -> Entry:
     """Write the entry after the newest, if that is the one it says it replaces."""
+    newest = held.champion()
+    if newest is not None and newest.version != entry.version:
+        _refuse_another(held, newest, entry.replaces)  # no need to wait for that
     with lease.held(held.exchange, f"promotion-{held.model}", _waits):
         newest = held.champion()
         if newest is not None and newest.version == entry.version:
@@ -153,31 +154,6 @@ def _project(held: Registry, entry: Entry) -> None:
         held.tag(entry.version, {"promoted": said})
 
 
-def refuse_unready(held: Registry, params: Params, version: int) -> None:
-    """Raise UserError unless the gate passed the version and, where asked, a person approved it."""
-    tags = held.version(version).tags
-    if tags.get("gate") != "passed":
-        verdict = tags.get("gate_reason", "the gate has not judged it; run pipelines.deploy.gate")
-        raise UserError(f"{held.model} version {version} may not be promoted: {verdict}")
-    if not params.release.approval:
-        return
-    if REJECTED in tags:
-        raise UserError(f"{held.model} version {version} was rejected: {tags[REJECTED]}")
-    if APPROVED not in tags:
-        raise UserError(
-            f"{held.model} version {version} waits for a person: "
-            f"python -m pipelines.deploy.promotion approve {version}"
-        )
-
-
-def decide(held: Registry, version: int, verdict: str, who: str, why: str) -> None:
-    """Write a person's approval or rejection on the version; the newer decision holds."""
-    other = REJECTED if verdict == APPROVED else APPROVED
-    held.tag(version, {verdict: f"by {who}: {why}"})
-    if other in held.version(version).tags:
-        held.store.delete_model_version_tag(held.model, str(version), other)
-
-
 def status(held: Registry) -> list[str]:
     """The log as lines, and where the alias disagrees."""
     log = held.log()
@@ -202,15 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _do(held: Registry, params: Params, given: argparse.Namespace) -> None:
     match given.verb:
         case "promote":
-            refuse_unready(held, params, given.version)
+            approval.refuse_without(held, params, given.version)
             promote(held, given.version, given.replaces, given.who, given.why)
         case "roll-back":
             roll_back(held, given.replaces, given.who, given.why)
-        case "approve" | "reject":
-            verdict = APPROVED if given.verb == "approve" else REJECTED
-            decide(held, given.version, verdict, given.who, given.why)
-            print(f"{held.model} version {given.version} {verdict} by {given.who}")
-            return
         case "reconcile":
             reconcile(held)
     print("\n".join(status(held)))
@@ -225,12 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("status")
     verbs.add_parser("reconcile")
-    for name in ("promote", "roll-back", "approve", "reject"):
+    for name in ("promote", "roll-back"):
         verb = verbs.add_parser(name)
-        if name != "roll-back":
+        if name == "promote":
             verb.add_argument("version", type=int)
-        if name in ("promote", "roll-back"):
-            verb.add_argument("--replaces", type=int, required=name == "roll-back")
+        verb.add_argument("--replaces", type=int, required=name == "roll-back", metavar="N")
         verb.add_argument("--who", default=getpass.getuser())
         verb.add_argument("--why", default="by hand")
     return parser

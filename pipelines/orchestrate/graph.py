@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 MANIFEST = Path("dags/manifest.json")
 # Records of a run beside those of its stages.
-RESERVED = {"begin", "run", "unite", "lock", "register", "gate", "champion", "decide", "retrain"}
+RESERVED = {
+    "begin", "run", "unite", "lock", "register", "gate", "ask", "approval", "release", "champion",
+    "decide", "retrain",
+}  # fmt: skip
 
 
 def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
@@ -89,17 +92,18 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def manifest() -> dict[str, Any]:
-    """The graph of the current folder, and `orchestrate` of its params for every task."""
+    """The graph of the current folder, and what its params say of the tasks."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    settings = parameters.load().orchestrate
+    params = parameters.load()
     try:
         with Repo() as repo:
             stages = read(repo)
     except DvcException as error:
         raise UserError(f"dvc.yaml: {' '.join(str(error).split())}") from None
-    return {"stages": stages, "orchestrate": settings.model_dump()}
+    settings = params.orchestrate.model_dump()
+    return {"stages": stages, "orchestrate": settings, "approval": params.release.approval}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import Asset, BaseOperator, Param, TriggerRule, task
 from airflow.sdk.exceptions import AirflowFailException
@@ -122,6 +123,33 @@ def _refuse_unless_green(context: Context, tasks: list[str]) -> None:
 def effect(name: str) -> BaseOperator:
     """A task that acts on the world."""
     return _task(name, functools.partial(_arguments, "effect", name))
+
+
+def release(after: BaseOperator) -> BaseOperator:
+    """The task that releases what the gate passed, once a person said so where that is asked."""
+    released = effect("release")
+    if not manifest()["approval"]:
+        after >> released
+        return released
+    record = "ti.xcom_pull('gate')['record']"
+    ask = HITLOperator(
+        task_id="ask",
+        subject=f"Release {{{{ {record}['model'] }}}} version {{{{ {record}['version'] }}}}?",
+        body=f"{{{{ {record}['reason'] }}}}",
+        options=["Approve", "Reject"],
+    )
+    after >> ask >> _task("approval", _decision) >> released
+    return released
+
+
+def _decision(context: Context) -> list[str]:
+    """What the person on the page said, for `approval` to write down."""
+    pull = context["ti"].xcom_pull
+    asked, judged = pull("ask"), pull("gate")["record"]
+    who = asked["responded_by_user"]["name"]
+    verdict = asked["chosen_options"][0].lower()
+    said = [verdict, str(judged["version"]), "--who", who, "--why", "asked on Airflow's page"]
+    return ["effect", "approval", "--run", run_id(context), "--with", json.dumps(said)]
 
 
 def retrain_on_drift(drift: BaseOperator, lock: BaseOperator) -> BaseOperator:

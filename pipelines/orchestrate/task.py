@@ -56,7 +56,9 @@ class Effect:
 
 EFFECTS = {
     "register": Effect("pipelines.deploy.register", reads=("fit", "package")),
-    "gate": Effect("pipelines.deploy.gate", reads=("evaluate", "package")),
+    "gate": Effect("pipelines.deploy.gate", reads=("validate", "featurize", "evaluate", "package")),
+    "approval": Effect("pipelines.deploy.approval"),
+    "release": Effect("pipelines.deploy.release", reads=("package",)),
     "champion": Effect("pipelines.deploy.champion", gives="package"),
 }
 
@@ -117,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("stages", nargs="+", metavar="STAGE")
         else:
             one.add_argument("name", metavar="NAME", choices=EFFECTS if verb == "effect" else None)
+        if verb == "effect":
+            one.add_argument(
+                "--with",
+                dest="arguments",
+                type=json.loads,
+                default=[],
+                metavar="JSON",
+                help="a list of arguments for the effect",
+            )
     return parser
 
 
@@ -144,7 +155,7 @@ def _do(home: Path, given: argparse.Namespace) -> Record:
     if given.verb == "stage":
         return make(home, run, given.name)
     if given.verb == "effect":
-        return act(home, run, given.name)
+        return act(home, run, given.name, given.arguments)
     return unite(home, run, given.stages)
 
 
@@ -303,7 +314,7 @@ def _publish(
     return mine
 
 
-def act(home: Path, run: Run, name: str) -> Record:
+def act(home: Path, run: Run, name: str, arguments: list[str]) -> Record:
     """Act on the world, one at a time, and write down what was done."""
     effect = EFFECTS[name]
     with workspace.opened(home, run, name) as folder, contextlib.chdir(folder):
@@ -317,7 +328,7 @@ def act(home: Path, run: Run, name: str) -> Record:
             if effect.gives and before and before["attempt"] == run.attempt:
                 stages.say(name, "done before in this run; what it gave stays")
                 return before
-            status = subprocess.run([sys.executable, "-m", effect.module]).returncode
+            status = subprocess.run([sys.executable, "-m", effect.module, *arguments]).returncode
             if status:
                 raise _ended(name, status)
             held.check()

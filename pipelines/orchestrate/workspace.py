@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = stage.STATE / "workspaces"
 # Of this machine and not of the run: every workspace sees the same.
-SHARED = ("mlflow", "ledger")
+SHARED = ("mlflow", "ledger", "serving", "keys")
 Lock = dict[str, Any]
 
 

@@ -5,42 +5,14 @@ import signal
 import time
 from pathlib import Path
 
-import onnx
-import pyarrow as pa
 import pytest
-from onnx import TensorProto, helper
+from deploy.tiny import make_bundle
 from world import Checkout
 
-from pipelines import bundle, stage, tables, tracking
+from pipelines import stage, tracking
 from pipelines.deploy import register
 
 REGISTER = "pipelines.deploy.register"
-
-
-def make_bundle(shift: float = 0.0, passed: bool = True) -> str:
-    """A bundle of one number whose answer is that number plus `shift`. Returns its hash."""
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
-    answer = helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["rows"])
-    constant = helper.make_tensor("shift", TensorProto.FLOAT, [1], [shift])
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "shift"], ["probability"])],
-        "g",
-        [value],
-        [answer],
-        [constant],
-    )
-    bundle.FOLDER.mkdir(parents=True, exist_ok=True)
-    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
-    onnx.save(model, bundle.FOLDER / bundle.MODEL)
-    contract = {
-        "as_of": "2013-06-01", "passed": passed, "metrics": {"auc": 0.7},
-        "columns": [{"name": "x", "type": "float32"}],
-    }  # fmt: skip
-    stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
-    tables.write(pa.table({"x": [0.5], "label": [1]}), bundle.FOLDER / bundle.REFERENCE)
-    Path("models/fit").mkdir(exist_ok=True)
-    Path("models/fit/weights").write_text("w")
-    return stage.digest(bundle.FOLDER)
 
 
 def _versions(checkout: Checkout) -> dict[str, str]:
@@ -77,10 +49,18 @@ def test_the_same_bundle_is_one_version_and_the_next_a_challenger(checkout: Chec
     assert _aliases(checkout) == {"champion": "1", "challenger": "2"}
 
 
-def test_a_bundle_that_did_not_pass_is_no_champion(checkout: Checkout) -> None:
+def test_a_bundle_that_did_not_pass_is_neither_champion_nor_challenger(checkout: Checkout) -> None:
     make_bundle(passed=False)
     register.run(checkout.params())
-    assert _aliases(checkout) == {"challenger": "1"}
+    assert _aliases(checkout) == {}
+    assert json.loads(register.RECORD.read_text())["aliases"] == []
+
+
+def test_an_older_bundle_registered_again_takes_no_alias(checkout: Checkout) -> None:
+    for shift in (0.0, 0.1, 0.2, 0.1):
+        make_bundle(shift)
+        register.run(checkout.params())
+    assert _aliases(checkout) == {"champion": "1", "challenger": "3"}
 
 
 def test_the_version_holds_the_bundle_byte_for_byte(checkout: Checkout) -> None:

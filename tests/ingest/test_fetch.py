@@ -2,12 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from world import Checkout
 
 from pipelines.errors import UserError
@@ -130,21 +128,13 @@ def test_no_month_before_the_clock_is_one_line(checkout: Checkout) -> None:
 
 
 @pytest.fixture
-def bucket(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(checkout: Checkout, s3: str) -> str:
     """The small source on an S3 server."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
+    client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket="lake")
     for path in checkout.source.rglob("*.csv"):
         client.upload_file(str(path), "lake", f"raw/{path.relative_to(checkout.source).as_posix()}")
-    yield "s3://lake/raw"
-    server.stop()
+    return "s3://lake/raw"
 
 
 def test_a_bucket_gives_what_the_folder_gives(checkout: Checkout, bucket: str) -> None:

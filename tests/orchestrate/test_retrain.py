@@ -3,10 +3,26 @@
 import json
 import re
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from orchestrate.place import GREEN, RED, Airflow, at_work, environment, git, kill_group, task
+import yaml
+from orchestrate.place import (
+    GREEN,
+    RED,
+    Airflow,
+    at_work,
+    commit,
+    environment,
+    git,
+    kill_group,
+    python,
+    task,
+)
+
+from pipelines.orchestrate import local
 
 pytestmark = pytest.mark.airflow
 INGEST = ("fetch", "load", "validate", "featurize")
@@ -131,6 +147,48 @@ def test_a_second_attempt_alive_changes_nothing(airflow: Airflow) -> None:
         line for line in airflow.log("retrain", "twice", "fit") if re.search("epoch 1 of", line)
     ]
     assert len(made) == 1
+
+
+@pytest.fixture
+def asking(airflow: Airflow) -> Iterator[Airflow]:
+    """Airflow while release.approval is set."""
+    _set_approval(airflow, True)
+    yield airflow
+    _set_approval(airflow, False)
+
+
+def _set_approval(airflow: Airflow, asked: bool) -> None:
+    path = airflow.home / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["release"]["approval"] = asked
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    python(airflow.home, "-m", "pipelines.orchestrate.graph")
+    commit(airflow.home, f"approval: {asked}")
+    end = time.monotonic() + 120
+    while asked != any(
+        one["task_id"] == "ask" for one in airflow.api.call("GET", "/dags/retrain/tasks")["tasks"]
+    ):
+        assert time.monotonic() < end, "the DAG was not parsed again"
+        time.sleep(0.5)
+
+
+def test_a_person_decides_where_that_is_asked(asking: Airflow) -> None:
+    for verdict, state in (("Reject", RED), ("Approve", GREEN)):
+        run = verdict.lower()
+        asking.trigger("retrain", run, as_of="2013-06-01", max_epochs=4)
+        while asking.tasks("retrain", run).get("ask", {}).get("state") != "awaiting_input":
+            assert asking.state("retrain", run) not in (RED, GREEN), asking.tasks("retrain", run)
+            time.sleep(0.5)
+        path = f"/dags/retrain/dagRuns/{run}/taskInstances/ask/-1/hitlDetails"
+        asked = asking.api.call("GET", path)
+        assert re.fullmatch(r"Release flights version \d+\?", asked["subject"])
+        asking.api.call("PATCH", path, {"chosen_options": [verdict], "params_input": {}})
+        assert asking.wait("retrain", run) == state, asking.tasks("retrain", run)
+    log = "\n".join(asking.log("retrain", "reject", "approval"))
+    said = f"by {local.USER}: asked on Airflow's page"
+    assert re.search(f"approval: error: flights version \\d+ rejected {said}", log)
+    assert asking.tasks("retrain", "reject")["release"]["state"] == "upstream_failed"
+    assert asking.fragment("retrain", "approve", "approval")["record"]["verdict"] == "approved"
 
 
 def test_an_asset_event_names_the_content(airflow: Airflow) -> None:
