@@ -32,7 +32,7 @@ def main() -> int:
 def _serve(params: Params) -> None:
     target = Local()
     if serving.desired(serving.FOLDER).champion is None:
-        _begin(params, target)
+        begin(params, target)
     supervisor = Supervisor(serving.FOLDER, params.traffic)
     for stopping in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stopping, lambda *_: supervisor.over.set())
@@ -42,7 +42,7 @@ def _serve(params: Params) -> None:
     stage.say("up", "stopped")
 
 
-def _begin(params: Params, target: Local) -> None:
+def begin(params: Params, target: Local) -> None:
     """What was never told what to serve begins with the registry's champion."""
     held = registry.of(params)
     entry = promotion.reconcile(held)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from deploy.served import Served, served, until
-from deploy.test_register import make_bundle
+from deploy.tiny import make_bundle
 from world import ROOT, Checkout
 
 from pipelines import lease, stage
@@ -39,7 +39,7 @@ class Pretended:
 
     def start(self, slot: Slot, release: Release) -> None:
         assert stage.digest(release.folder) == release.digest
-        self._called("start")
+        self._called(f"start {slot}")
         if self.slots.get(slot) != release.digest:
             self.slots[slot] = release.digest
             self.seen[slot] = Observation(0, 0, {0.01: 0, 1.0: 0}, (0,) * 20, 10**8, 0)
@@ -152,7 +152,7 @@ def test_a_shadow_is_judged_and_nobody_sees_it(held: Registry, checkout: Checkou
     assert _events(held) == ["begun", "good", "shadowed"]
 
 
-@pytest.mark.parametrize("breaks", ["start", "shift 0", "shift 20", "shift 100"])
+@pytest.mark.parametrize("breaks", ["start challenger", "shift 0", "shift 20", "shift 100"])
 def test_where_the_target_breaks_the_champion_stays(
     held: Registry, checkout: Checkout, breaks: str
 ) -> None:

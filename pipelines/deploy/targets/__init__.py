@@ -33,6 +33,7 @@ class Observation:
 
     `latency` counts answers by upper bound in seconds, each including the smaller ones;
     `predictions` counts them in equal bins of [0, 1]. An answer that is no probability is an error.
+    `memory_bytes` is of the largest replica.
     """
 
     requests: int
