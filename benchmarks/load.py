@@ -1,4 +1,4 @@
-"""Callers that come at their own pace, whatever the answers: an open loop over a few connections."""
+"""Callers that come at their own pace, whatever the answers: an open loop on a few connections."""
 
 import asyncio
 import json

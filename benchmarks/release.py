@@ -67,8 +67,8 @@ class Home:
         os.chdir(folder)
         values = yaml.safe_load(Path("params.yaml").read_text())
         traffic = free(parameters.load().traffic).model_dump()
-        values |= {"traffic": traffic, "tracking": {
-            "uri": f"sqlite:///{folder}/mlflow.db", "artifacts": f"{folder}/artifacts"}}  # fmt: skip
+        store = {"uri": f"sqlite:///{folder}/mlflow.db", "artifacts": f"{folder}/artifacts"}
+        values |= {"traffic": traffic, "tracking": store}
         values["fetch"]["source"] = "sample"
         Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         config = Path(".dvc/config")
@@ -208,21 +208,23 @@ def faults(home: Home) -> None:
             print(f"  {name:<12}{seconds:>9.1f} s   {reason}", flush=True)
 
 
-def released(home: Home, *options: str) -> tuple[float, str]:
-    """Seconds from the challenger's first answer, or from its start without one, to the end."""
-    controller = home.controller(*options)
+def released(home: Home) -> tuple[float, str]:
+    """How a release ended, and after how many seconds: from the challenger's first answer on, or
+    from the first look where there was no answer.
+    """
+    controller = home.controller()
     assert controller.stdout is not None
-    first, began, last = 0.0, 0.0, ""
+    first, looked, lines = 0.0, 0.0, list[str]()
     for line in controller.stdout:
-        if "is challenger, ready" in line:
-            began = time.monotonic()
-        if not first and re.search(r"\b[1-9]\d* answers|bad", line):
-            first = time.monotonic()
-        if "rolled back in" in line or "promoted" in line or "error" in line or "fault" in line:
-            last = line.strip() if not last else last
+        lines.append(line.strip())
+        looked = looked or ("undecided" in line and time.monotonic()) or 0.0
+        first = first or (re.search(r"\b[1-9]\d* answers", line) and time.monotonic()) or 0.0
     controller.wait()
-    ended = time.monotonic()
-    return ended - (first if "no traffic" not in last else began), last or "good"
+    seconds = time.monotonic() - (first or looked)
+    if controller.returncode == 1:
+        raise RuntimeError("\n".join(lines))
+    ends = [line for line in lines if "rolled back in" in line]
+    return seconds, ends[0] if ends else "released"
 
 
 def load(home: Home) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines import lease, stage
-from pipelines.deploy import champion, judge, promotion, registry, targets, trail
+from pipelines.deploy import approval, champion, judge, promotion, registry, targets, trail
 from pipelines.deploy.judge import Case, Verdict
 from pipelines.deploy.mirrored import Mirrored
 from pipelines.deploy.registry import CHALLENGER, Entry, Registry
@@ -104,7 +104,7 @@ class Controller:
         if version is None:
             raise UserError(f"{self.held.model} has no challenger to release")
         if not shadow:
-            promotion.refuse_unready(self.held, self.params, version)
+            approval.refuse_without(self.held, self.params, version)
         return version
 
     def _start(self, slot: Slot, version: int) -> str:
