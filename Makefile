@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run airflow manifest test check bench constraints clean
+.PHONY: help setup run airflow serve release manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -30,6 +30,12 @@ run: $(READY) ## take the flights from raw files to a registered, watched bundle
 
 airflow: $(READY) ## start Airflow on this checkout, and MLflow; Ctrl-C stops both
 	@python -m pipelines.orchestrate.local
+
+serve: $(READY) ## serve the champion behind Envoy and print how to ask it; Ctrl-C stops it
+	@python -m pipelines.deploy.up
+
+release: $(READY) ## let the challenger take over beside `make serve`, step by step, judged
+	@python -m pipelines.deploy.release
 
 manifest: $(READY) ## write dags/manifest.json from dvc.yaml and params.yaml
 	@python -m pipelines.orchestrate.graph

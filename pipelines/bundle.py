@@ -1,5 +1,15 @@
-"""The bundle as a caller sees it: a folder with its contract, named by the hash of its content."""
+"""The bundle as a caller sees it: a folder with its contract, named by the hash of its content.
 
+A bundle from elsewhere is not trusted: `verified` reads its bytes once, checks them, and hands out
+only what it checked, so that nothing can change between the look and the use.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +22,7 @@ from pipelines import stage
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from onnxruntime import InferenceSession
 
 FOLDER = Path("models/bundle")
@@ -21,6 +32,15 @@ REFERENCE = "reference.parquet"
 # The column of its answer, in the reference and in every scored table.
 PREDICTION = "prediction"
 BATCH = 2048
+
+# What a bundle holds, in the order of its hash, and the most bytes of each.
+LARGEST = {CONTRACT: 1 << 20, MODEL: 1 << 28, REFERENCE: 1 << 26}
+# A column's type in the contract, and in ONNX.
+TYPES = {"string": 8, "float32": 1}
+DOMAINS = ("", "ai.onnx.ml")
+# No value inside the network has more elements for one row: a small file can ask for much memory.
+ELEMENTS = 1 << 20
+REFERENCE_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,18 +65,23 @@ class Scorer:
 
 
 def load(folder: Path) -> Scorer:
-    """Open the bundle in `folder`. Raises UserError where it is missing."""
-    import onnxruntime
-
+    """Open the bundle in `folder`, which this checkout made. Raises UserError where it is
+    missing.
+    """
     contract = stage.read_json(folder / CONTRACT)
     if not (folder / MODEL).is_file():
         raise UserError(f"{folder / MODEL} is missing; run dvc repro package")
+    return Scorer(contract, open_session(folder / MODEL))
+
+
+def open_session(model: Path | bytes, threads: int = 0) -> "InferenceSession":
+    """ONNX Runtime on a model; 0 threads leaves their number to it."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        folder / MODEL, options, providers=["CPUExecutionProvider"]
-    )
-    return Scorer(contract, session)
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _tensor(column: pa.ChunkedArray, kind: str) -> npt.NDArray[Any]:
@@ -64,3 +89,167 @@ def _tensor(column: pa.ChunkedArray, kind: str) -> npt.NDArray[Any]:
     if kind == "string":
         return np.asarray(column.fill_null("").to_numpy(), dtype=object)
     return np.asarray(column.cast(pa.float32()).fill_null(np.nan).to_numpy())
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A bundle that was checked, in memory: nothing on the disk can change it any more."""
+
+    contract: dict[str, Any]
+    model: bytes
+    reference: bytes
+
+    def base_rate(self) -> float:
+        """The share of positive labels in its reference."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        label = self.contract["label"]
+        return float(
+            pc.mean(pq.read_table(io.BytesIO(self.reference), columns=[label])[label]).as_py()
+        )
+
+
+def verify(folder: Path, digest: str) -> None:
+    """Raise UserError unless `folder` is the bundle of that hash, and harmless to open."""
+    verified(folder, digest)
+
+
+def verified(folder: Path, digest: str) -> Verified:
+    """The bundle of that hash, read once and checked before anything in it is opened: three plain
+    files of bounded size, the hash, a contract, and a network that its file alone describes.
+
+    Raises UserError with one line.
+    """
+    files = _read(folder)
+    found = stage.digest_of({name: hashlib.sha256(files[name]).hexdigest() for name in LARGEST})
+    if found != digest:
+        raise UserError(f"{folder}: its hash is {found[:12]}; expected {digest[:12]}")
+    contract = _contract(folder / CONTRACT, files[CONTRACT])
+    _check_model(folder / MODEL, files[MODEL], contract)
+    _check_reference(folder / REFERENCE, files[REFERENCE], contract)
+    return Verified(contract, files[MODEL], files[REFERENCE])
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    """The bytes of the three files, which no link and no surprise may stand for."""
+    try:
+        names = sorted(one.name for one in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; expected the folder of a bundle") from None
+    if folder.is_symlink() or names != sorted(LARGEST):
+        raise UserError(
+            f"{folder}: holds {', '.join(names)[:200] or 'nothing'}; "
+            f"expected a folder of exactly {', '.join(LARGEST)}"
+        )
+    return {name: _plain(folder / name, limit) for name, limit in LARGEST.items()}
+
+
+def _plain(file: Path, limit: int) -> bytes:
+    try:
+        # A pipe must not hang whoever opens it.
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; expected a plain file, no link") from None
+    with os.fdopen(handle, "rb") as opened:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{file}: is no plain file")
+        if found.st_size > limit:
+            raise UserError(f"{file}: has {found.st_size:,} bytes; allowed {limit:,}")
+        return opened.read(limit)
+
+
+def _contract(file: Path, content: bytes) -> dict[str, Any]:
+    """The contract, as far as whoever loads it relies on it."""
+    try:
+        contract = json.loads(content)
+        columns = [(column["name"], column["type"]) for column in contract["columns"]]
+        names = [name for name, _ in columns]
+        fits = (
+            all(isinstance(name, str) and kind in TYPES for name, kind in columns)
+            and 0 < len(names) == len(set(names))
+            and isinstance(contract["label"], str)
+            and isinstance(contract["dataset"], str)
+            and 0 <= contract["threshold"] <= 1
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{file}: is no contract; expected JSON with dataset, label, threshold and columns "
+            "of distinct names, each of type string or float32"
+        )
+    return dict(contract)
+
+
+def _check_model(file: Path, content: bytes, contract: dict[str, Any]) -> None:
+    """A network that its file alone describes, over the contract's columns, of known size."""
+    import onnx
+
+    try:
+        model = onnx.load_model_from_string(content)
+        _check_parts(file, model)
+        onnx.checker.check_model(model)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    except UserError:
+        raise
+    except Exception as error:  # protobuf and onnx raise many kinds
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is no valid ONNX model: {line}") from None
+    wanted = [(column["name"], TYPES[column["type"]]) for column in contract["columns"]]
+    inputs = [(one.name, one.type.tensor_type.elem_type) for one in model.graph.input]
+    if inputs != wanted:
+        raise UserError(f"{file}: its inputs are not the columns of {CONTRACT}, in their order")
+    outputs = [one.type.tensor_type.elem_type for one in model.graph.output]
+    if outputs != [TYPES["float32"]]:
+        raise UserError(f"{file}: expected one output, of type float")
+    _check_sizes(file, inferred)
+
+
+def _check_parts(file: Path, part: Any) -> None:
+    """No operator from elsewhere, no data outside the file, nothing sparse that unfolds."""
+    kind = part.DESCRIPTOR.name
+    if kind in ("NodeProto", "OperatorSetIdProto") and part.domain not in DOMAINS:
+        raise UserError(f"{file}: uses the domain {part.domain[:50]!r}; allowed {DOMAINS}")
+    if kind == "TensorProto" and (part.external_data or part.data_location):
+        raise UserError(f"{file}: tensor {part.name[:50]!r} keeps its data outside the file")
+    if kind in ("SparseTensorProto", "FunctionProto", "TrainingInfoProto"):
+        raise UserError(f"{file}: holds a {kind}; allowed are plain nodes and dense tensors")
+    for field, value in part.ListFields():
+        if field.message_type is not None:
+            for inner in value if field.is_repeated else [value]:
+                _check_parts(file, inner)
+
+
+def _check_sizes(file: Path, model: "ModelProto") -> None:
+    """Every value's shape is known but for the rows, and small: none can unfold when it is run."""
+    graph = model.graph
+    rows = {dim.dim_param for one in graph.input for dim in one.type.tensor_type.shape.dim}
+    known = {one.name: one for one in [*graph.input, *graph.value_info, *graph.output]}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            dims = known[name].type.tensor_type.shape.dim if name in known else None
+            if dims is None or any(not d.dim_value and d.dim_param not in rows for d in dims):
+                raise UserError(f"{file}: the size of {name[:50]!r} is not known before it is run")
+            by_row = sum(bool(dim.dim_param) for dim in dims)
+            if by_row > 1 or math.prod(dim.dim_value or 1 for dim in dims) > ELEMENTS:
+                raise UserError(f"{file}: {name[:50]!r} has over {ELEMENTS:,} elements for a row")
+
+
+def _check_reference(file: Path, content: bytes, contract: dict[str, Any]) -> None:
+    """A table of bounded size with a numeric label."""
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(io.BytesIO(content))
+        label = footer.schema.to_arrow_schema().field(contract["label"]).type
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    except (pa.ArrowException, KeyError, OSError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is no table with a label: {line}") from None
+    unfolded = sum(group.total_byte_size for group in groups)
+    if not 0 < footer.num_rows <= REFERENCE_ROWS or unfolded > 4 * LARGEST[REFERENCE]:
+        raise UserError(f"{file}: has {footer.num_rows:,} rows, {unfolded:,} bytes unfolded")
+    if not (pa.types.is_integer(label) or pa.types.is_floating(label)):
+        raise UserError(f"{file}: its label is {label}; expected a number")

@@ -247,6 +247,31 @@ class Traffic(_Block):
     ejection: Ejection
 
 
+class Capture(_Block):
+    """Which requests are kept, and when they are written."""
+
+    share: Share
+    folder: str
+    rows: Positive
+    seconds: Positive
+
+
+class Serve(_Block):
+    """One replica of the service."""
+
+    host: str
+    keys: str | None
+    rate_limit: Annotated[float, Field(gt=0)] | None
+    threads: Positive
+    max_rows: Positive
+    max_body_bytes: Positive
+    max_connections: Positive
+    read_seconds: Positive
+    drain_seconds: Annotated[float, Field(ge=0)]
+    log_share: Share
+    capture: Capture
+
+
 class Tolerance(_Block):
     """By how much a challenger may be worse than the champion."""
 
@@ -268,6 +293,7 @@ class Release(_Block):
     step_requests: Positive
     limit_seconds: Positive
     tolerance: Tolerance
+    labels: str
     alpha: Annotated[float, Field(gt=0, lt=1)]
     memory_mb: Positive
     restarts: Annotated[int, Field(ge=0)]
@@ -348,6 +374,7 @@ class Params(_Block):
     score: Score
     drift: Drift
     gate: Gate
+    serve: Serve
     traffic: Traffic
     release: Release
     tracking: Tracking

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -223,9 +223,11 @@ def read_json(path: Path) -> Any:
 
 def digest(folder: Path) -> str:
     """The name of a folder's content: SHA-256 over the sorted names and digests of its files."""
-    lines = [
-        f"{file.relative_to(folder).as_posix()} {_sha256(file)}\n"
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    ]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return digest_of({file.relative_to(folder).as_posix(): _sha256(file) for file in files})
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The name of a folder whose files, in the order of their paths, have these digests."""
+    lines = [f"{name} {sha256}\n" for name, sha256 in files.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

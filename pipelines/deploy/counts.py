@@ -82,6 +82,9 @@ class Counts:
             predictions=tuple(
                 map(sum, zip((0,) * BINS, *(page.predictions for page in pages), strict=True))
             ),
-            memory_bytes=sum(page.memory_bytes for pid, page in self.pages.items() if pid in alive),
+            # Of the largest: how many replicas there are for the moment says nothing of a leak.
+            memory_bytes=max(
+                (page.memory_bytes for pid, page in self.pages.items() if pid in alive), default=0
+            ),
             restarts=restarts,
         )

@@ -88,7 +88,7 @@ class Registry:
 
     def log(self) -> list[Entry]:
         """Every entry, the oldest first. Empty where there is no such model yet."""
-        folder = self._folder()
+        folder = self.folder("champions")
         if folder is None:
             return []
         names = [name for name in self.exchange.names(folder) if re.search(r"/\d{6}\.json$", name)]
@@ -101,9 +101,12 @@ class Registry:
 
     def append(self, entry: Entry) -> bool:
         """Write the entry; False, and nothing changed, where its number is taken."""
-        return self.exchange.put_new(f"{self._folder()}/{entry.number:06}.json", asdict(entry))
+        return self.exchange.put_new(
+            f"{self.folder('champions')}/{entry.number:06}.json", asdict(entry)
+        )
 
-    def _folder(self) -> str | None:
+    def folder(self, kind: str) -> str | None:
+        """Where the exchange keeps what belongs to this model; None where there is none yet."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -112,7 +115,7 @@ class Registry:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return f"champions/{self.model}-{created}"
+        return f"{kind}/{self.model}-{created}"
 
 
 def of(params: Params) -> Registry:

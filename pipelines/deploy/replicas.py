@@ -119,6 +119,7 @@ class Group:
         port = free_port()
         bundle = bundle_of(self.folder, self.started.digest)
         command = [*self.program, "--bundle", bundle, "--digest", self.started.digest]
+        command += ["--version", self.started.version]
         if self.started.fallback is not None:
             spare = bundle_of(self.folder, self.started.fallback)
             command += ["--fallback", spare, "--fallback-digest", self.started.fallback]

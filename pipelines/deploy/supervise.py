@@ -1,8 +1,7 @@
-"""supervise: keep this machine serving what it should. `make serve` runs it until Ctrl-C.
+"""The supervisor: it makes this machine serve what it should, and says what it does.
 
-in:   .state/serving/desired.json; where there is none yet, the registry's champion
+in:   .state/serving/desired.json
 out:  replicas behind Envoy; .state/serving/status.json
-run:  make serve
 
 Everything that must survive lies in the two files: killed in any moment, it leaves no process
 behind, and started again it goes on from what should be.

@@ -44,6 +44,8 @@ class Served:
     traffic: Traffic
     program: Sequence[str]
     env: Mapping[str, str]
+    # Where replicas run: their params.yaml lies there.
+    home: Path = ROOT
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -54,7 +56,7 @@ class Served:
         given = [str(self.folder), self.traffic.model_dump(), list(self.program)]
         command = [sys.executable, "-c", RUN, json.dumps(given)]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | self.env
-        self.process = subprocess.Popen(command, env=env, cwd=ROOT)
+        self.process = subprocess.Popen(command, env=env, cwd=self.home)
 
     def stop(self) -> None:
         assert self.process is not None

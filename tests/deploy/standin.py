@@ -12,10 +12,14 @@ import os
 import sys
 from pathlib import Path
 
+import uvloop
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from deploy import faults
 from deploy.faults import Receive, Scope, Send
+
+from pipelines.deploy import whole
 
 BINS = 20
 
@@ -92,7 +96,10 @@ async def serve(port: int, standin: Standin) -> None:
             super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
     app = faults.around(standin, standin.fault)
-    server = Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, log_level="warning", http=whole.Protocol
+    )
+    server = Server(config)
 
     def gone() -> None:
         if not sys.stdin.buffer.read1(1):
@@ -104,12 +111,12 @@ async def serve(port: int, standin: Standin) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--bundle", "--digest", "--fallback", "--fallback-digest"):
+    for name in ("--bundle", "--digest", "--fallback", "--fallback-digest", "--version"):
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     parser.add_argument("--with-parent", action="store_true")
     given = parser.parse_args()
-    asyncio.run(serve(given.port, Standin(given.digest, faults.of(given.digest))))
+    uvloop.run(serve(given.port, Standin(given.digest, faults.of(given.digest))))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,15 @@ time changes nothing. What it reports is read from what runs, not from what it w
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+# The word of release.target, and the module whose `target(params)` it is.
+MODULES = {"local": "pipelines.deploy.targets.local"}
 Slot = Literal["champion", "challenger"]
 
 
@@ -27,6 +33,7 @@ class Observation:
 
     `latency` counts answers by upper bound in seconds, each including the smaller ones;
     `predictions` counts them in equal bins of [0, 1]. An answer that is no probability is an error.
+    `memory_bytes` is of the largest replica.
     """
 
     requests: int
@@ -62,3 +69,12 @@ class Target(Protocol):
 
     def observe(self) -> dict[Slot, Observation]:
         """What each slot answered; one that cannot be read is absent."""
+
+
+def of(params: Params) -> Target:
+    """The target that release.target names."""
+    name = params.release.target
+    if name not in MODULES:
+        raise UserError(f"params.yaml: release.target is {name}; expected {', '.join(MODULES)}")
+    made: Target = import_module(MODULES[name]).target(params)
+    return made

@@ -19,6 +19,7 @@ from pipelines.deploy import serving
 from pipelines.deploy.serving import Desired, Started
 from pipelines.deploy.targets import Observation, Release, Slot
 from pipelines.errors import UserError
+from pipelines.params import Params
 
 PATIENCE = 300.0  # seconds for a restart of all replicas
 
@@ -107,6 +108,11 @@ class Local:
         raise UserError(
             f"the replicas were not replaced in {PATIENCE:.0f} s; see {self.folder}/logs"
         )
+
+
+def target(params: Params) -> Local:
+    """The target of this checkout."""
+    return Local()
 
 
 def _alone(now: Desired) -> Desired:

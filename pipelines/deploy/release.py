@@ -1,0 +1,235 @@
+"""release: the challenger takes over from the champion, step by step, judged at each. An effect.
+
+in:   the challenger and the champion of the registry; the target that serves
+out:  the challenger is champion with all traffic, or the champion has it back; the trail in the
+      exchange, the reason on the version, reports/release/record.json
+run:  make release, or python -m pipelines.deploy.release [--shadow]
+
+With --shadow callers see nothing of the challenger: its copies of their requests are judged, and it
+stops. Killed in the middle and run again, a release goes on from its last good step; a target gives
+the champion all traffic where nobody says for a while that the challenger may have its share.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines import lease, stage
+from pipelines.deploy import approval, champion, judge, promotion, registry, targets, trail
+from pipelines.deploy.judge import Case, Verdict
+from pipelines.deploy.mirrored import Mirrored
+from pipelines.deploy.registry import CHALLENGER, Entry, Registry
+from pipelines.deploy.targets import Release, Slot, Target
+from pipelines.deploy.trail import Trail
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+RECORD = Path("reports/release/record.json")
+INTERVAL = 1.0  # seconds between two looks
+READY = 120.0  # seconds until a started release has to be healthy
+GONE = 30.0  # seconds until a challenger that was rolled back has to be gone
+
+
+def run(params: Params, target: Target, shadow: bool = False) -> None:
+    """Release the challenger, or go on with the release that was interrupted.
+
+    Raises UserError, once the champion has all traffic, where the challenger was found bad.
+    """
+    held = registry.of(params)
+    with lease.held(held.exchange, f"release-{held.model}", _waits) as mine:
+        Controller(held, params, target, mine).run(shadow)
+
+
+def _waits(who: str) -> None:
+    stage.say("release", f"another release is at work: {who}; waiting for it")
+
+
+class Controller:
+    """One release, from its trail's last line to its end."""
+
+    def __init__(self, held: Registry, params: Params, target: Target, mine: lease.Lease) -> None:
+        self.held, self.params, self.target, self.mine = held, params, target, mine
+        self.limits = params.release
+        self.case: Case | None = None
+
+    def run(self, shadow: bool) -> None:
+        now = promotion.reconcile(self.held)
+        if now is None:
+            raise UserError(f"{self.held.model} has no champion to release a challenger beside")
+        found = self._unfinished(now)
+        if found is not None and found.begun["challenger"] == now.version:
+            self._finish(found)  # killed between the promotion and the switch
+            return
+        # Also where nothing is to be released: what is served follows the log.
+        theirs = self._start("champion", now.version)
+        version = self._challenger(shadow)
+        if found is None:
+            found = trail.follow(
+                self.held.exchange,
+                self._folder(),
+                champion=now.version,
+                challenger=version,
+                shadow=shadow,
+            )
+        with self._safe(found):
+            ours = self._start("challenger", version)
+            captures = Path(self.params.serve.capture.folder)
+            self.mirrored = Mirrored(captures, Path(self.limits.labels), theirs, ours)
+            self._step_by_step(found, now, version)
+        if not found.ended:
+            self._finish(found)
+
+    def _unfinished(self, now: Entry) -> Trail | None:
+        """The release to go on with. One of other versions than today's is over."""
+        found = trail.newest(self.held.exchange, self._folder())
+        if found is None or found.ended:
+            return None
+        pair = found.begun["champion"], found.begun["challenger"]
+        today = now.version, self.held.aliases().get(CHALLENGER)
+        if pair == today or found.begun["challenger"] == now.version:
+            stage.say("release", f"going on with release {found.number}")
+            return found
+        self._roll_back(found, f"the versions changed from {pair} to {today}")
+        return None
+
+    def _folder(self) -> str:
+        return str(self.held.folder("releases"))
+
+    def _challenger(self, shadow: bool) -> int:
+        version = self.held.aliases().get(CHALLENGER)
+        if version is None:
+            raise UserError(f"{self.held.model} has no challenger to release")
+        if not shadow:
+            approval.refuse_without(self.held, self.params, version)
+        return version
+
+    def _start(self, slot: Slot, version: int) -> str:
+        """Bring the bundle to the target, and wait until it answers. Returns its hash."""
+        digest = str(self.held.version(version).tags["bundle"])
+        with tempfile.TemporaryDirectory() as folder:
+            champion.bring(self.held, version, Path(folder))
+            self.target.start(slot, Release(self.held.model, version, digest, Path(folder)))
+        begun = time.monotonic()
+        while not self.target.healthy(slot):
+            if time.monotonic() - begun > READY:
+                raise UserError(f"version {version} was not ready as {slot} within {READY:.0f} s")
+            time.sleep(0.2)
+        stage.say("release", f"version {version} is {slot}, ready")
+        return digest
+
+    def _step_by_step(self, found: Trail, now: Entry, version: int) -> None:
+        for percent, seconds in self._steps(found):
+            verdict = self._step(percent, seconds)
+            self.mine.check()
+            if verdict.kind == "bad":
+                self._roll_back(found, f"at {percent} %: {verdict.reason}")
+                self._report(found)
+                raise UserError(
+                    f"{self.held.model} version {version} was rolled back: {verdict.reason}"
+                )
+            found.add("good", percent=percent, reason=verdict.reason)
+        if found.begun["shadow"]:
+            self._take_away()
+            found.add("shadowed")
+            self._report(found)
+            return
+        evidence = {"release": found.number, "steps": found.lines[1:]}
+        # The log first: where the switch does not come to pass, whoever runs next makes it.
+        promotion.promote(
+            self.held, version, now.version, "release", f"release {found.number}", evidence
+        )
+
+    def _steps(self, found: Trail) -> Iterator[tuple[int, int]]:
+        """Shares and seconds that are still to come. The first share is none: a shadow."""
+        steps = [(0, self.limits.shadow_seconds)]
+        if not found.begun["shadow"]:
+            steps += [(percent, self.limits.step_seconds) for percent in self.limits.steps]
+        return (step for step in steps if step[0] not in found.good)
+
+    def _step(self, percent: int, seconds: int) -> Verdict:
+        begun, answers = time.monotonic(), 0
+        while True:
+            # Said at every look: it holds only as long as somebody says it.
+            self.target.shift(percent, shadow=True)
+            time.sleep(INTERVAL)
+            seen = self.target.observe()
+            if self.case is None:
+                self.case = judge.begin(seen)
+            before = self.case.last.get("challenger")
+            if "challenger" in seen:
+                answers += judge.since(before, seen["challenger"]).requests
+            self.case = judge.hear(self.case, seen, self.limits, *self.mirrored.look())
+            elapsed = time.monotonic() - begun
+            verdict = judge.decide(self.case, self.limits, seconds, elapsed, answers)
+            stage.say("release", f"{percent:>3} %  {verdict.kind:<9} {verdict.reason}")
+            if verdict.kind != "undecided":
+                return verdict
+
+    @contextmanager
+    def _safe(self, found: Trail) -> Iterator[None]:
+        """Whatever goes wrong, the champion gets all traffic; unless another controller is at work
+        by now, or the challenger has become champion: then the next run makes the switch.
+        """
+        try:
+            yield
+        except lease.LostError:
+            raise
+        except BaseException as error:
+            now = self.held.champion()
+            won = now is not None and now.version == found.begun["challenger"]
+            if not found.ended and not won:
+                self._roll_back(found, str(error) or type(error).__name__)
+            raise
+
+    def _take_away(self) -> None:
+        """All traffic to the champion, and wait until the target says so."""
+        self.target.roll_back()
+        begun = time.monotonic()
+        while "challenger" in self.target.serving():
+            if time.monotonic() - begun > GONE:
+                raise RuntimeError(f"the target still serves the challenger after {GONE:.0f} s")
+            time.sleep(0.1)
+
+    def _roll_back(self, found: Trail, reason: str) -> None:
+        begun = time.monotonic()
+        self._take_away()
+        seconds = round(time.monotonic() - begun, 1)
+        found.add("rolled back", reason=reason, seconds=seconds)
+        said = f"release {found.number} rolled back: {reason}"
+        self.held.tag(found.begun["challenger"], {"release": said})
+        stage.say("release", f"rolled back in {seconds} s: {reason}")
+
+    def _finish(self, found: Trail) -> None:
+        self.target.switch()
+        found.add("promoted")
+        self.held.tag(found.begun["challenger"], {"release": f"release {found.number} promoted"})
+        self._report(found)
+
+    def _report(self, found: Trail) -> None:
+        outcome = found.lines[-1]["event"]
+        record = {"model": self.held.model, "release": found.number, "outcome": outcome}
+        stage.write_json(RECORD, record | {"trail": found.lines})
+        print(f"\n  {'share':>6}  verdict")
+        for line in found.lines[1:]:
+            share = f"{line['percent']} %" if "percent" in line else ""
+            print(f"  {share:>6}  {line['event']} {line.get('reason', '')}".rstrip())
+
+
+def main() -> int:
+    """Exit status: 0, 2 where the challenger was rolled back or there is none, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.deploy.release",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shadow", action="store_true", help="mirror and judge, shift nothing")
+    shadow = parser.parse_args().shadow
+    return stage.guarded("release", lambda params: run(params, targets.of(params), shadow))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

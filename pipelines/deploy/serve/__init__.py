@@ -1,0 +1,1 @@
+"""serve: one replica of the service; `python -m pipelines.deploy.serve --help`."""

@@ -1,0 +1,11 @@
+"""What a client is told when it asked for what cannot be answered: always a 4xx, in one line."""
+
+from collections.abc import Mapping
+
+
+class Refusal(Exception):  # noqa: N818  no error of ours
+    """An answer in itself: its status, one line, and headers beside."""
+
+    def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(line)
+        self.status, self.line, self.headers = status, line, dict(headers or {})

@@ -1,0 +1,91 @@
+"""up: serve on this machine until Ctrl-C.
+
+in:   what was served here before; at first the registry's champion
+out:  the service behind Envoy; how to ask it, on the screen
+run:  make serve
+"""
+
+import json
+import math
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipelines import bundle, stage
+from pipelines.deploy import champion, promotion, registry, serving
+from pipelines.deploy.supervise import TICK, Supervisor
+from pipelines.deploy.targets import Release
+from pipelines.deploy.targets.local import Local
+from pipelines.errors import UserError
+from pipelines.params import Params
+
+
+def main() -> int:
+    """Serve until Ctrl-C. Exit status 0, 2 where the user can mend what is wrong, else 1."""
+    return stage.guarded("up", _serve)
+
+
+def _serve(params: Params) -> None:
+    target = Local()
+    if serving.desired(serving.FOLDER).champion is None:
+        begin(params, target)
+    supervisor = Supervisor(serving.FOLDER, params.traffic)
+    for stopping in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stopping, lambda *_: supervisor.over.set())
+    telling = threading.Thread(target=_tell, args=(params, target, supervisor), daemon=True)
+    telling.start()
+    supervisor.run()
+    stage.say("up", "stopped")
+
+
+def begin(params: Params, target: Local) -> None:
+    """What was never told what to serve begins with the registry's champion."""
+    held = registry.of(params)
+    entry = promotion.reconcile(held)
+    if entry is None:
+        raise UserError(f"{held.model} has no champion at {params.tracking.uri}; make it: make run")
+    with tempfile.TemporaryDirectory() as folder:
+        champion.bring(held, entry.version, Path(folder))
+        target.start("champion", Release(held.model, entry.version, entry.bundle, Path(folder)))
+
+
+def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
+    """How to ask, once there is somebody to ask."""
+    stage.say("up", "starting, a few seconds")
+    while not target.healthy("champion"):
+        if supervisor.over.wait(TICK):
+            return
+    told = serving.desired(serving.FOLDER).champion
+    assert told is not None
+    bundle_of = serving.bundle_of(serving.FOLDER, told.digest)
+    traffic, ports = params.traffic, serving.status(serving.FOLDER).slots["champion"].ports
+    print(
+        f"\n  {told.model} version {told.version}, bundle {told.digest[:12]}\n\n"
+        f"  ask      curl http://{traffic.address}:{traffic.port}/predict "
+        f"-H 'content-type: application/json' \\\n             -d '{_example(bundle_of)}'\n"
+        f"  metrics  {' '.join(f'http://127.0.0.1:{port}/metrics' for port in ports)}\n"
+        f"  envoy    http://127.0.0.1:{traffic.admin_port}\n"
+        f"  logs     {serving.FOLDER}/logs\n\n  Ctrl-C stops all of it.",
+        flush=True,
+    )
+
+
+def _example(folder: Path) -> str:
+    """A row of the bundle's reference as /predict takes it."""
+    columns = [one["name"] for one in stage.read_json(folder / bundle.CONTRACT)["columns"]]
+    row = pq.read_table(folder / bundle.REFERENCE, columns=columns).slice(0, 1).to_pylist()[0]
+    return json.dumps({name: _plain(value) for name, value in row.items()})
+
+
+def _plain(value: str | float | None) -> str | float | None:
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 3)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

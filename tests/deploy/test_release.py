@@ -1,0 +1,265 @@
+"""A release ends with the challenger as champion, or with the champion as it was; never between."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deploy.served import Served, served, until
+from deploy.tiny import make_bundle
+from world import ROOT, Checkout
+
+from pipelines import lease, stage
+from pipelines.deploy import promotion, register, registry, release, trail
+from pipelines.deploy.registry import CHALLENGER, Registry
+from pipelines.deploy.targets import Observation, Release, Slot
+from pipelines.errors import UserError
+
+QUICK: dict[str, Any] = {
+    "shadow_seconds": 1, "step_seconds": 1, "step_requests": 30, "limit_seconds": 20,
+    "steps": [20, 100],
+}  # fmt: skip
+
+
+class Pretended:
+    """A target in memory, whose challenger may answer badly, and which may break at a call."""
+
+    def __init__(self, errors: int = 0, answers: int = 100, breaks: str = "") -> None:
+        self.errors, self.answers, self.breaks = errors, answers, breaks
+        self.slots: dict[Slot, str] = {}
+        self.percent, self.calls = 0, list[str]()
+        self.seen: dict[Slot, Observation] = {}
+
+    def start(self, slot: Slot, release: Release) -> None:
+        assert stage.digest(release.folder) == release.digest
+        self._called(f"start {slot}")
+        if self.slots.get(slot) != release.digest:
+            self.slots[slot] = release.digest
+            self.seen[slot] = Observation(0, 0, {0.01: 0, 1.0: 0}, (0,) * 20, 10**8, 0)
+
+    def healthy(self, slot: Slot) -> bool:
+        return slot in self.slots
+
+    def shift(self, percent: int, shadow: bool = False) -> None:
+        self._called(f"shift {percent}")
+        self.percent = percent
+
+    def switch(self) -> None:
+        self._called("switch")
+        if "challenger" in self.slots:
+            self.slots = {"champion": self.slots["challenger"]}
+            self.percent = 0
+
+    def roll_back(self) -> None:
+        self.calls.append("roll back")
+        self.slots.pop("challenger", None)
+        self.percent = 0
+
+    def serving(self) -> dict[Slot, str]:
+        return dict(self.slots)
+
+    def observe(self) -> dict[Slot, Observation]:
+        for slot, seen in self.seen.items():
+            n, errors = self.answers, self.errors if slot == "challenger" else 0
+            self.seen[slot] = replace(
+                seen,
+                requests=seen.requests + n,
+                errors=seen.errors + errors,
+                latency={bound: count + n for bound, count in seen.latency.items()},
+                predictions=(seen.predictions[0] + n, *seen.predictions[1:]),
+            )
+        return {slot: seen for slot, seen in self.seen.items() if slot in self.slots}
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.breaks:
+            self.breaks = ""
+            raise RuntimeError(f"{name} broke")
+
+
+@pytest.fixture
+def held(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Version 1 is champion, version 2 has passed the gate."""
+    monkeypatch.setattr(release, "INTERVAL", 0.05)
+    monkeypatch.setattr(lease, "LIFETIME", 2.0)
+    checkout.set(release=QUICK)
+    for shift in (0.0, 0.1):
+        make_bundle(shift)
+        register.run(checkout.params())
+    found = registry.of(checkout.params())
+    promotion.reconcile(found)
+    found.tag(2, {"gate": "passed"})
+    return found
+
+
+def _trail(held: Registry) -> trail.Trail:
+    found = trail.newest(held.exchange, str(held.folder("releases")))
+    assert found is not None
+    return found
+
+
+def _events(held: Registry) -> list[str]:
+    return [line["event"] for line in _trail(held).lines]
+
+
+def _champion(held: Registry) -> int:
+    found = held.champion()
+    assert found is not None
+    return found.version
+
+
+def test_a_good_challenger_becomes_champion(held: Registry, checkout: Checkout) -> None:
+    target = Pretended()
+    release.run(checkout.params(), target)
+    assert (_champion(held), target.slots) == (2, {"champion": held.version(2).tags["bundle"]})
+    assert _events(held) == ["begun", "good", "good", "good", "promoted"]
+    shares = [call for call in dict.fromkeys(target.calls) if call.startswith("shift")]
+    assert shares == ["shift 0", "shift 20", "shift 100"]
+    assert stage.read_json(release.RECORD)["outcome"] == "promoted"
+
+
+def test_a_bad_challenger_is_rolled_back_with_the_reason(
+    held: Registry, checkout: Checkout
+) -> None:
+    target = Pretended(errors=20)
+    with pytest.raises(UserError, match=r"version 2 was rolled back: errors: 20\.0% against 0\.0%"):
+        release.run(checkout.params(), target)
+    assert (_champion(held), list(target.slots), target.percent) == (1, ["champion"], 0)
+    assert _events(held) == ["begun", "rolled back"]
+    assert "errors: 20.0%" in held.version(2).tags["release"]
+    assert stage.read_json(release.RECORD)["outcome"] == "rolled back"
+
+
+def test_no_traffic_is_bad(held: Registry, checkout: Checkout) -> None:
+    checkout.set(release={"limit_seconds": 1})
+    with pytest.raises(UserError, match="no traffic or no metrics"):
+        release.run(checkout.params(), Pretended(answers=0))
+    assert _champion(held) == 1
+
+
+def test_a_shadow_is_judged_and_nobody_sees_it(held: Registry, checkout: Checkout) -> None:
+    target = Pretended()
+    release.run(checkout.params(), target, shadow=True)
+    assert (_champion(held), list(target.slots)) == (1, ["champion"])
+    assert {call for call in target.calls if call.startswith("shift")} == {"shift 0"}
+    assert _events(held) == ["begun", "good", "shadowed"]
+
+
+@pytest.mark.parametrize("breaks", ["start challenger", "shift 0", "shift 20", "shift 100"])
+def test_where_the_target_breaks_the_champion_stays(
+    held: Registry, checkout: Checkout, breaks: str
+) -> None:
+    target = Pretended(breaks=breaks)
+    with pytest.raises(RuntimeError, match=f"{breaks} broke"):
+        release.run(checkout.params(), target)
+    assert (_champion(held), target.percent) == (1, 0)
+    assert "challenger" not in target.slots
+    assert _events(held)[-1] == "rolled back"
+
+
+def test_broken_between_promotion_and_switch_the_next_run_switches(
+    held: Registry, checkout: Checkout
+) -> None:
+    target = Pretended(breaks="switch")
+    with pytest.raises(RuntimeError):
+        release.run(checkout.params(), target)
+    release.run(checkout.params(), target)
+    assert (_champion(held), target.slots) == (2, {"champion": held.version(2).tags["bundle"]})
+    assert _events(held)[-1] == "promoted"
+
+
+def test_a_release_goes_on_from_its_last_good_step(held: Registry, checkout: Checkout) -> None:
+    target = Pretended()
+    folder = str(held.folder("releases"))
+    begun = trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=False)
+    begun.add("good", percent=0, reason="")
+    begun.add("good", percent=20, reason="")
+    release.run(checkout.params(), target)
+    assert {call for call in target.calls if call.startswith("shift")} == {"shift 100"}
+    assert (_champion(held), _trail(held).number) == (2, 1)
+
+
+def test_a_release_of_other_versions_is_over(held: Registry, checkout: Checkout) -> None:
+    """A newer challenger came while the controller was dead."""
+    folder = str(held.folder("releases"))
+    trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=False)
+    make_bundle(0.2)
+    register.run(checkout.params())
+    held.tag(3, {"gate": "passed"})
+    release.run(checkout.params(), Pretended())
+    assert (_champion(held), _trail(held).number) == (3, 2)
+    assert "the versions changed" in held.version(2).tags["release"]
+
+
+def test_a_controller_that_was_replaced_changes_nothing(held: Registry) -> None:
+    folder = str(held.folder("releases"))
+    one = trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=False)
+    two = _trail(held)
+    two.add("good", percent=0, reason="")
+    with pytest.raises(lease.LostError, match="another controller"):
+        one.add("rolled back", reason="late")
+
+
+def test_without_gate_or_challenger_there_is_no_release(held: Registry, checkout: Checkout) -> None:
+    held.tag(2, {"gate": "failed", "gate_reason": "worse"})
+    with pytest.raises(UserError, match="may not be promoted: worse"):
+        release.run(checkout.params(), Pretended())
+    held.store.delete_registered_model_alias(held.model, CHALLENGER)
+    with pytest.raises(UserError, match="no challenger"):
+        release.run(checkout.params(), Pretended())
+
+
+@pytest.fixture
+def here(held: Registry, checkout: Checkout, tmp_path: Path) -> Iterator[Served]:
+    """A supervisor of this checkout, and callers who never pause. Version 2 is slow."""
+    faults = {held.version(2).tags["bundle"]: "slow"}
+    folder = Path(".state/serving").resolve()
+    over = threading.Event()
+    with served(folder, checkout.params(), faults, replicas=1) as made:
+
+        def ask() -> None:
+            while not over.is_set():
+                made.ask(1)
+                time.sleep(0.005)
+
+        callers = [threading.Thread(target=ask) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        yield made
+        over.set()
+        for caller in callers:
+            caller.join()
+
+
+def _controller(checkout: Checkout) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.deploy.release"],
+        cwd=checkout.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_slow_challenger_is_found_behind_a_real_envoy(
+    here: Served, held: Registry, checkout: Checkout
+) -> None:
+    """The first controller is killed as it begins; the second finds its release and ends it."""
+    first = _controller(checkout)
+    until(lambda: "challenger" in here.target.serving(), 60)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    said, _ = (second := _controller(checkout)).communicate(timeout=120)
+    assert second.returncode == 2, said
+    assert "going on with release 1" in said
+    assert "version 2 was rolled back: slower than" in said
+    assert list(here.target.serving()) == ["champion"]
+    assert set(here.ask(20)) == {held.version(1).tags["bundle"]}
