@@ -31,7 +31,7 @@ class Local:
         self.folder = folder
 
     def up(self) -> bool:
-        return bool(serving.status(self.folder).slots)
+        return serving.status(self.folder).pid > 0
 
     def start(self, slot: Slot, release: Release) -> None:
         kept = serving.bundle_of(self.folder, release.digest)
