@@ -12,7 +12,7 @@ worker for every core. An answer does not depend on the batch its row is in, so 
 the same bytes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FEATURES = Path("data/features")
 PREDICTIONS = Path("data/predictions")
-Mapper = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+Mapper = Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]
 
 
 def run(params: Params) -> None:
@@ -44,15 +44,16 @@ def run(params: Params) -> None:
         engine.session(params.engine) as spark,
     ):
         features = spark.read.parquet(str(FEATURES.resolve()))
-        frame = scored(newest(features, columns, params), contract)
-        counts = engine.write_months(
-            frame, params.dataset.time, params.dataset.key, out, scratch / "predictions"
-        )
-        if not counts:
+        rows = newest(features, columns, params)
+        if rows.isEmpty():
             raise UserError(
                 f"{FEATURES}: no row in the {params.score.window_days} days before as_of "
                 f"{params.as_of:%Y-%m-%d}"
             )
+        frame = scored(rows, contract)
+        counts = engine.write_months(
+            frame, params.dataset.time, params.dataset.key, out, scratch / "predictions"
+        )
         for file in tables.months(out):
             expected.check(pq.read_table(file), suite, PREDICTIONS / file.name)
     stage.say("score", f"{sum(counts):,} rows of the last {params.score.window_days} days")
@@ -88,7 +89,7 @@ def scored(rows: "DataFrame", contract: dict[str, Any]) -> "DataFrame":
 def asking(model: bytes, contract: dict[str, Any]) -> Mapper:
     """A function for the engine's workers: batches of rows to batches with answers."""
 
-    def ask(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         scorer = bundle.Scorer(contract, bundle.open_session(model, threads=1))
         for batch in batches:
             answers = scorer.predict(pa.Table.from_batches([batch]))
