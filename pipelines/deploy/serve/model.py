@@ -55,7 +55,7 @@ class Model:
         answer: Probabilities = self.session.run(None, feed)[0]
         if answer.shape != (columns.rows,):
             raise RuntimeError(f"the answer has shape {answer.shape} for {columns.rows} rows")
-        if not ((answer >= 0) & (answer <= 1)).all():
+        if not all(0 <= value <= 1 for value in answer.tolist()):
             raise RuntimeError("the answer is no probability")
         return answer
 
