@@ -226,13 +226,15 @@ def _check_sizes(file: Path, model: "ModelProto") -> None:
     """Every value's shape is known but for the rows, and small: none can unfold when it is run."""
     graph = model.graph
     rows = {dim.dim_param for one in graph.input for dim in one.type.tensor_type.shape.dim}
-    known = {one.name: one for one in [*graph.input, *graph.value_info, *graph.output]}
+    known = {one.name: one.type.tensor_type for one in [*graph.value_info, *graph.output]}
     for node in graph.node:
         for name in filter(None, node.output):
-            dims = known[name].type.tensor_type.shape.dim if name in known else None
-            if dims is None or any(not d.dim_value and d.dim_param not in rows for d in dims):
+            if name not in known or not known[name].HasField("shape"):
+                raise UserError(f"{file}: the shape of {name[:50]!r} is not known before it is run")
+            dims = known[name].shape.dim
+            if any(not dim.HasField("dim_value") and dim.dim_param not in rows for dim in dims):
                 raise UserError(f"{file}: the size of {name[:50]!r} is not known before it is run")
-            by_row = sum(bool(dim.dim_param) for dim in dims)
+            by_row = sum(not dim.HasField("dim_value") for dim in dims)
             if by_row > 1 or math.prod(dim.dim_value or 1 for dim in dims) > ELEMENTS:
                 raise UserError(f"{file}: {name[:50]!r} has over {ELEMENTS:,} elements for a row")
 

@@ -130,5 +130,8 @@ def _explain(message: str) -> str:
         said = said.replace(f"`{kind}`", words)
     for kind, words in (("missing required", "lacks"), ("contains unknown", "has the unknown")):
         said = said.replace(f"Object {kind} field", f"the record {words} column")
-    place = f"row {row or 0}" + (f", column {column}" if column else "")
+    if column == "records" and row is None:
+        place = column
+    else:
+        place = f"row {row or 0}" + (f", column {column}" if column else "")
     return f"{place}: {said[0].lower()}{said[1:].replace('`', '')}"
