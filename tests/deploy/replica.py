@@ -112,7 +112,8 @@ class Replica:
         return 0.0
 
     def logs(self, event: str) -> list[dict[str, Any]]:
-        lines = (self.folder / "log").read_text().splitlines()
+        # The last line may not be whole yet.
+        lines = (self.folder / "log").read_text().split("\n")[:-1]
         found = [json.loads(line) for line in lines if line.startswith("{")]
         return [line for line in found if line["event"] == event]
 
