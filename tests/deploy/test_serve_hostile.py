@@ -79,7 +79,7 @@ def test_everything_that_its_openapi_allows_and_forbids(replica: Replica) -> Non
     assert set(told["components"]["schemas"]["Record"]["properties"]) == {"origin", "x", "y"}
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", str(document),
-        "--url", f"http://127.0.0.1:{replica.port}", "--max-examples", "20", "--seed", "1",
+        "--url", f"http://127.0.0.1:{replica.port}", "--max-examples", "10", "--seed", "1",
         "--phases", "examples,coverage,fuzzing", "--generation-database", "none", "--no-color",
         "--suppress-health-check", "all",
     ]  # fmt: skip
@@ -251,9 +251,9 @@ def test_ten_thousand_connections_are_held_answered_and_let_go(tmp_path: Path) -
         ) as replica:
             _hold(replica, min(MANY, hard - 500))
             first = _memory(replica)
-            # The second time, the memory of the first serves again.
-            _hold(replica, min(MANY, hard - 500))
-            assert _memory(replica) - first < 50_000_000
+            # Later, the memory of the first serves again.
+            _hold(replica, min(MANY, hard - 500) // 2)
+            assert _memory(replica) - first < 20_000_000
             assert first < 600_000_000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
