@@ -11,7 +11,7 @@ side by side, and what was computed before is not computed again.
 
 **When it is red.** The last line of the task's log says what is wrong; the table of `retrain` holds
 here too. `champion: error: … has no champion` means that no version was registered that passed:
-run `retrain` first.
+run `retrain` first. What a line calls the task `package` is `champion` here: it brings the bundle.
 """
 
 from datetime import datetime, timedelta
@@ -37,4 +37,4 @@ with DAG(
         only=("fetch", "load", "validate", "featurize", "score", "drift"),
         instead={"package": champion},
     )
-    render.retrain_on_drift(tasks["drift"], render.unite(tasks))
+    render.retrain_on_drift(begin, tasks["drift"], render.unite(tasks))

@@ -4,9 +4,10 @@ Every write is whole or absent, and `put_new` has one winner: on these two every
 
     runs/<run>/run.json            what the run is: commit, overrides, reason
     runs/<run>/<task>.json         what a task made: the stage's entry in dvc.lock
-    runs/<run>/dvc.lock            all of them in one, once the run is whole
+    runs/<run>/lock.json           all of them in one, once the run is whole
     made/<stage>/<key>.json        who computed these inputs before, whatever the run
     leases/<name>/<generation>.json  who computes now
+    champions/<model>-<created>/<number>.json  who was champion, one after another
 """
 
 import hashlib
@@ -45,6 +46,14 @@ def _bytes(value: Record) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _record(name: str, content: bytes) -> Record:
+    """Raises UserError where it is no record: every write is whole, so something else was here."""
+    try:
+        return dict(json.loads(content))
+    except ValueError:
+        raise UserError(f"the record {name} in the exchange is damaged; remove it") from None
+
+
 class Folder:
     """An exchange in a folder: one machine, or a file system that workers share."""
 
@@ -53,7 +62,7 @@ class Folder:
 
     def get(self, name: str) -> Record | None:
         try:
-            return dict(json.loads((self.path / name).read_bytes()))
+            return _record(name, (self.path / name).read_bytes())
         except FileNotFoundError:
             return None
 
@@ -110,7 +119,7 @@ class Bucket:
             answer = self.client.get_object(Bucket=self.bucket, Key=self._key(name))
         except self.client.exceptions.NoSuchKey:
             return None
-        return dict(json.loads(answer["Body"].read()))
+        return _record(name, answer["Body"].read())
 
     def put(self, name: str, value: Record) -> None:
         self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=_bytes(value))

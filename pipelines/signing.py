@@ -104,3 +104,9 @@ def _write_new(file: Path, content: bytes, mode: int) -> None:
         os.link(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def public() -> Path:
+    """The file of the public key, which a machine that serves is given."""
+    _private()
+    return _file().with_suffix(".pub")

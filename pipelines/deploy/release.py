@@ -64,9 +64,15 @@ class Controller:
         if found is not None and found.begun["challenger"] == now.version:
             self._finish(found)  # killed between the promotion and the switch
             return
+        if not self.target.up():
+            self._unserved(now, shadow)
+            return
         # Also where nothing is to be released: what is served follows the log.
         theirs = self._start("champion", now.version)
         version = self._challenger(shadow)
+        if version is None:
+            self._nothing(now)
+            return
         if found is None:
             found = trail.follow(
                 self.held.exchange,
@@ -99,13 +105,29 @@ class Controller:
     def _folder(self) -> str:
         return str(self.held.folder("releases"))
 
-    def _challenger(self, shadow: bool) -> int:
+    def _challenger(self, shadow: bool) -> int | None:
+        """None where there is none: the release was told twice, or the champion has no rival."""
         version = self.held.aliases().get(CHALLENGER)
-        if version is None:
-            raise UserError(f"{self.held.model} has no challenger to release")
-        if not shadow:
+        if version is not None and not shadow:
             approval.refuse_without(self.held, self.params, version)
         return version
+
+    def _unserved(self, now: Entry, shadow: bool) -> None:
+        """Promote what the gate passed: where nothing is served, nobody can judge by traffic."""
+        if shadow:
+            raise UserError(f"nothing is served at {self.limits.target}; start it: make serve")
+        version = self._challenger(shadow)
+        if version is None:
+            self._nothing(now)
+            return
+        why = f"nothing is served at {self.limits.target}: no traffic to judge by"
+        promotion.promote(self.held, version, now.version, "release", why)
+        stage.write_json(RECORD, {"model": self.held.model, "outcome": "promoted", "why": why})
+        stage.say("release", f"version {version} is champion; {why}")
+
+    def _nothing(self, now: Entry) -> None:
+        stage.write_json(RECORD, {"model": self.held.model, "outcome": "nothing to release"})
+        stage.say("release", f"nothing to release: version {now.version} is champion, and no other")
 
     def _start(self, slot: Slot, version: int) -> str:
         """Bring the bundle to the target, and wait until it answers. Returns its hash."""

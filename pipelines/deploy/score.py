@@ -1,54 +1,103 @@
-"""score: what the bundle says of the newest rows, month by month, in batches.
+"""score: what the bundle says of the newest rows, on the engine, where the rows are.
 
-in:   models/bundle/, data/features/
+in:   models/bundle/, data/features/, expectations/predictions.json
 out:  data/predictions/<month>.parquet: the rows of the last score.window_days before as_of, as the
-      model saw them: time, label, every column of the bundle's contract, and `prediction`
+      model saw them, in order of dataset.key: key, time, label, every column of the bundle's
+      contract, and `prediction`
 run:  dvc repro score
+
+The model travels to the engine's workers with the function that asks it; they need this project's
+environment, and no disk of ours. Each batch of rows is asked on one thread: the engine has a
+worker for every core. An answer does not depend on the batch its row is in, so every engine gives
+the same bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
+from pipelines.deploy import expected
 from pipelines.errors import UserError
 from pipelines.params import Params
 
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
 FEATURES = Path("data/features")
 PREDICTIONS = Path("data/predictions")
+Mapper = Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]
 
 
 def run(params: Params) -> None:
-    scorer = bundle.load(bundle.FOLDER)
-    rows = 0
-    with stage.fresh(PREDICTIONS) as folder:
-        for month, window in newest(params, scorer.contract["columns"]):
-            scored = window.append_column(bundle.PREDICTION, pa.array(scorer.predict(window)))
-            tables.write(scored, folder / month)
-            rows += scored.num_rows
-        if not rows:
+    from pipelines import engine
+
+    contract = bundle.load(bundle.FOLDER).contract
+    suite = expected.suite()
+    columns = wanted(params, contract["columns"])
+    with (
+        stage.scratch("score") as scratch,
+        stage.fresh(PREDICTIONS) as out,
+        engine.session(params.engine) as spark,
+    ):
+        features = spark.read.parquet(str(FEATURES.resolve()))
+        rows = newest(features, columns, params)
+        if rows.isEmpty():
             raise UserError(
                 f"{FEATURES}: no row in the {params.score.window_days} days before as_of "
                 f"{params.as_of:%Y-%m-%d}"
             )
-    stage.say("score", f"{rows:,} rows of the last {params.score.window_days} days")
+        frame = scored(rows, contract)
+        counts = engine.write_months(
+            frame, params.dataset.time, params.dataset.key, out, scratch / "predictions"
+        )
+        for file in tables.months(out):
+            expected.check(pq.read_table(file), suite, PREDICTIONS / file.name)
+    stage.say("score", f"{sum(counts):,} rows of the last {params.score.window_days} days")
 
 
-def newest(params: Params, columns: list[dict[str, str]]) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of the window by month file: time, label and the bundle's columns."""
-    time = params.dataset.time
-    names = [time, "label", *(column["name"] for column in columns)]
+def wanted(params: Params, columns: list[dict[str, str]]) -> list[str]:
+    """The names of what is written, each of which every month of features must hold."""
+    names = [*params.dataset.key, params.dataset.time, "label", *(one["name"] for one in columns)]
     for file in tables.months(FEATURES):
         held = pq.read_schema(file).names
         if lacking := [name for name in names if name not in held]:
             raise UserError(f"{file}: column {lacking[0]} is missing; the bundle wants it")
-        table = pq.read_table(file, columns=names)
-        window = table.filter(pc.greater_equal(table[time], pa.scalar(params.window_from)))
-        if window.num_rows:
-            yield file.name, window
+    return list(dict.fromkeys(names))
+
+
+def newest(features: "DataFrame", columns: list[str], params: Params) -> "DataFrame":
+    """The rows of the window."""
+    from pyspark.sql import functions as F
+
+    recent = F.col(params.dataset.time) >= F.lit(params.window_from)
+    return features.where(recent).select(*columns)
+
+
+def scored(rows: "DataFrame", contract: dict[str, Any]) -> "DataFrame":
+    """The rows with the bundle's answers."""
+    from pyspark.sql.types import FloatType, StructType
+
+    model = (bundle.FOLDER / bundle.MODEL).read_bytes()
+    schema = StructType(rows.schema.fields).add(bundle.PREDICTION, FloatType())
+    return rows.mapInArrow(asking(model, contract), schema)
+
+
+def asking(model: bytes, contract: dict[str, Any]) -> Mapper:
+    """A function for the engine's workers: batches of rows to batches with answers."""
+
+    def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        scorer = bundle.Scorer(contract, bundle.open_session(model, threads=1))
+        for batch in batches:
+            answers = scorer.predict(pa.Table.from_batches([batch]))
+            yield pa.RecordBatch.from_arrays(
+                [*batch.columns, pa.array(answers)], [*batch.schema.names, bundle.PREDICTION]
+            )
+
+    return ask
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ FEATURES = Path("data/features")
 
 
 def run(params: Params) -> None:
-    from pipelines.ingest import datasets, engine
+    from pipelines import engine
+    from pipelines.ingest import datasets
 
     with (
         stage.scratch("featurize") as scratch,

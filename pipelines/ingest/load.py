@@ -32,7 +32,8 @@ TYPES = {
 
 
 def run(params: Params) -> None:
-    from pipelines.ingest import datasets, engine
+    from pipelines import engine
+    from pipelines.ingest import datasets
 
     with stage.scratch("load") as scratch, stage.fresh(EVENTS) as out:
         for name, table in params.dataset.tables.items():

@@ -50,7 +50,7 @@ def run(params: Params) -> None:
 
 def divide(params: Params) -> tuple[int, int]:
     """Write the page, the two tables and the verdict. Returns the rows, and those in quarantine."""
-    from pipelines.ingest import engine
+    from pipelines import engine
 
     suite = read_suite(params.dataset.name)
     with engine.session(params.engine) as spark:

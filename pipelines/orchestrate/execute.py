@@ -106,7 +106,9 @@ def pod_task(*, arguments: Arguments, policy: dict[str, Any], image: str, **sett
         """A pod whose exit status 2 is not tried again."""
 
         def execute(self, context: Context) -> dict[str, Any]:
-            self.arguments = [*arguments(context), "--result", "/airflow/xcom/return.json"]
+            said = [*arguments(context), "--result", "/airflow/xcom/return.json"]
+            # Kubernetes reads $(NAME) in an argument as a variable of the pod, a secret too.
+            self.arguments = [argument.replace("$", "$$") for argument in said]
             return announce(context, self.outlets, super().execute(context))
 
         def cleanup(self, pod, remote_pod, xcom_result=None, context=None) -> None:  # type: ignore[no-untyped-def]

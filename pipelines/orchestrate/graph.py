@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pipelines import stage
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.repo import Repo
     from dvc.stage import PipelineStage
 
@@ -42,6 +44,9 @@ def read(repo: "Repo") -> dict[str, dict[str, list[str]]]:
     # Edges lead from a stage to those it depends on.
     edges = repo.index.graph.subgraph(stages)
     order = nx.lexicographical_topological_sort(edges.reverse(), key=_name)
+    tracked = [out for one in repo.index.stages if one not in stages for out in one.outs]
+    for one in stages:
+        _refuse(one, tracked)
     return {one.name: _node(one, sorted(edges.successors(one), key=_name)) for one in order}
 
 
@@ -56,7 +61,33 @@ def pipeline(repo: "Repo") -> list["PipelineStage"]:
     for name in map(_name, stages):
         if not re.fullmatch(r"[A-Za-z0-9_@.-]+", name) or name in RESERVED:
             raise UserError(f"dvc.yaml: {name} cannot name a stage that Airflow runs")
+    for name, times in Counter(task_id(_name(one)) for one in stages).items():
+        if times > 1:
+            raise UserError(f"dvc.yaml: {times} stages would be the task {name}")
     return stages
+
+
+def task_id(stage: str) -> str:
+    """A stage's name as Airflow takes it: a member of a foreach has no @."""
+    return stage.replace("@", ".")
+
+
+def _refuse(stage: "PipelineStage", tracked: list["Output"]) -> None:
+    """Raise UserError where another worker could not have what the stage reads or gives."""
+    if Path(stage.wdir) != Path(stage.repo.root_dir):
+        raise UserError(f"dvc.yaml: {stage.name} sets wdir; expected paths from the top")
+    for out in stage.outs:
+        if not out.use_cache:
+            raise UserError(
+                f"dvc.yaml: {stage.name} gives {out.def_path} with cache: false, which lets no "
+                "other worker have it"
+            )
+    for out in tracked:
+        if any(_overlap(out.fs_path, dep.fs_path) for dep in stage.deps):
+            raise UserError(
+                f"dvc.yaml: {stage.name} reads {out.def_path}, which dvc add tracks; expected an "
+                "output of a stage"
+            )
 
 
 def _name(stage: "PipelineStage") -> str:
@@ -70,12 +101,6 @@ def _node(stage: "PipelineStage", parents: list["PipelineStage"]) -> dict[str, l
         for out in parent.outs
         if any(_overlap(out.fs_path, dep.fs_path) for dep in stage.deps)
     ]
-    for out in read:
-        if not out.use_cache:
-            raise UserError(
-                f"dvc.yaml: {stage.name} reads {out.def_path}, whose cache: false lets no other "
-                "worker have it"
-            )
     return {
         "parents": list(map(_name, parents)),
         "inputs": sorted(out.def_path for out in read),

@@ -7,6 +7,7 @@ run:  make airflow
 AIRFLOW_PORT and MLFLOW_PORT choose other ports than 8080 and 5000.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from pipelines.errors import UserError
 
 USER = "admin"
 PATIENCE = 180  # seconds until Airflow has to answer
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def environment(home: Path, port: int) -> dict[str, str]:
@@ -98,7 +100,8 @@ def pools(api: Api, wanted: dict[str, int]) -> None:
         if name not in held:
             api.call("POST", "/pools", body)
         elif held[name] != slots:
-            api.call("PATCH", f"/pools/{name}", body)
+            # Of Airflow's own pool nothing else may be named.
+            api.call("PATCH", f"/pools/{name}?update_mask=slots", body)
 
 
 @contextmanager
@@ -140,14 +143,15 @@ def airflow(env: dict[str, str], log: Path) -> Iterator[None]:
         threading.Thread(target=_keep, args=(["airflow", server], env, log, over))
         for server in ("api-server", "scheduler", "dag-processor", "triggerer")
     ]
-    for keeper in keepers:
-        keeper.start()
     try:
+        for keeper in keepers:
+            keeper.start()
         yield
     finally:
         over.set()
         for keeper in keepers:
-            keeper.join()
+            if keeper.ident is not None:  # it was started
+                keeper.join()
 
 
 def _keep(command: list[str], env: dict[str, str], log: Path, over: threading.Event) -> None:
@@ -158,10 +162,19 @@ def _keep(command: list[str], env: dict[str, str], log: Path, over: threading.Ev
         over.wait(1)  # one that cannot start must not spin
 
 
-def ready(url: str, log: Path, patience: float = PATIENCE) -> None:
-    """Wait until `url` answers. Raises UserError with the log's name where it does not."""
+def ready(
+    url: str,
+    log: Path,
+    server: subprocess.Popen[bytes] | None = None,
+    patience: float = PATIENCE,
+) -> None:
+    """Wait until `url` answers. Raises UserError with the log's name where it does not, or where
+    the server ended.
+    """
     end = time.monotonic() + patience
     while time.monotonic() < end:
+        if server is not None and server.poll() is not None:
+            raise UserError(f"the server of {url} ended by itself; see {log}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return
@@ -171,38 +184,61 @@ def ready(url: str, log: Path, patience: float = PATIENCE) -> None:
 
 
 def main() -> int:
-    """Start, tell, wait for Ctrl-C, stop. Exit status 0, or 2 where something does not start."""
-    for stopping in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stopping, signal.default_int_handler)
+    """Start, tell, wait for Ctrl-C, stop. Exit status 0, 2 where the user can mend it, else 1."""
+    for stopping in STOPPING:
+        signal.signal(stopping, _interrupted)
     home = Path.cwd()
-    port = int(os.environ.get("AIRFLOW_PORT", "8080"))
-    mlflow_port = int(os.environ.get("MLFLOW_PORT", "5000"))
     try:
         params = parameters.load()
-        _serve(home, params, port, mlflow_port)
+        with _alone(home):
+            _serve(home, params)
     except UserError as error:
         print(f"airflow: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nairflow: stopped")
+        print("airflow: stopped")
+    except Exception as error:
+        print(f"airflow: fault: {stage.one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _serve(home: Path, params: parameters.Params, port: int, mlflow_port: int) -> None:
+def _interrupted(*_: object) -> None:
+    """The first signal ends all of it; more of them change nothing."""
+    for stopping in STOPPING:
+        signal.signal(stopping, lambda *_: None)
+    with suppress(OSError):  # a terminal that was closed
+        print("\nairflow: stopping; a task at work gets a moment to end", flush=True)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Hold Airflow's database of this checkout. Raises UserError where another holds it."""
+    lock = home / stage.STATE / "airflow" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another make airflow serves {home}") from None
+        yield
+
+
+def _serve(home: Path, params: parameters.Params) -> None:
+    port, mlflow_port = _port("AIRFLOW_PORT", 8080), _port("MLFLOW_PORT", 5000)
+    if port == mlflow_port:
+        raise UserError(f"AIRFLOW_PORT and MLFLOW_PORT are both {port}; expected two ports")
     for taken in (port, mlflow_port):
         _refuse_taken(taken)
     env = environment(home, port)
     state = Path(env["AIRFLOW_HOME"])
     tracking.client(params)
-    pages, runs = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{mlflow_port}"
-    # One worker, and none of the processes that judge language models.
-    store = ["--backend-store-uri", params.tracking.uri, "--port", str(mlflow_port), "--workers=1"]
-    env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    pages = f"http://127.0.0.1:{port}"
     stage.say("airflow", "starting, half a minute or so")
-    logs = state / "airflow.log", state / "mlflow.log"
-    with airflow(env, logs[0]), started(["mlflow", "server", *store], env, logs[1]) as mlflow:
-        ready(f"{pages}/api/v2/monitor/health", logs[0])
-        ready(f"{runs}/health", logs[1])
+    log = state / "airflow.log"
+    with airflow(env, log), _mlflow(params.tracking.uri, mlflow_port, env, state) as (runs, mlflow):
+        ready(f"{pages}/api/v2/monitor/health", log)
         password = json.loads((state / "passwords.json").read_text())[USER]
         pools(Api(pages, password), params.orchestrate.pools)
         print(
@@ -212,8 +248,36 @@ def _serve(home: Path, params: parameters.Params, port: int, mlflow_port: int) -
             f"  logs      {state}\n\n  Ctrl-C stops all of it.",
             flush=True,
         )
-        mlflow.wait()
-        raise UserError(f"MLflow ended by itself; see {logs[1]}")
+        if mlflow is None:
+            threading.Event().wait()
+        else:
+            mlflow.wait()
+            raise UserError(f"MLflow ended by itself; see {state / 'mlflow.log'}")
+
+
+@contextmanager
+def _mlflow(
+    uri: str, port: int, env: dict[str, str], state: Path
+) -> Iterator[tuple[str, subprocess.Popen[bytes] | None]]:
+    """MLflow's page on the store at `uri` and its server, until the block ends. A server that the
+    uri names is there already.
+    """
+    if uri.startswith(("http://", "https://")):
+        yield uri, None
+        return
+    page, log = f"http://127.0.0.1:{port}", state / "mlflow.log"
+    # One worker, and none of the processes that judge language models.
+    command = ["mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers=1"]
+    with started(command, env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, log) as server:
+        ready(f"{page}/health", log, server)
+        yield page, server
+
+
+def _port(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise UserError(f"{name} is {text}; expected a port, 1 to 65535")
+    return int(text)
 
 
 def _refuse_taken(port: int) -> None:

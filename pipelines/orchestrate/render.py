@@ -41,6 +41,7 @@ def form() -> dict[str, Param]:
             None,
             type=["null", "integer"],
             minimum=1,
+            maximum=1000,
             title="Epochs, at most",
             description="Empty: as params.yaml says.",
         ),
@@ -152,28 +153,27 @@ def _decision(context: Context) -> list[str]:
     return ["effect", "approval", "--run", run_id(context), "--with", json.dumps(said)]
 
 
-def retrain_on_drift(drift: BaseOperator, lock: BaseOperator) -> BaseOperator:
+def retrain_on_drift(begun: BaseOperator, drift: BaseOperator, lock: BaseOperator) -> BaseOperator:
     """Trigger `retrain` with the verdict's reasons where there is drift; once for each run."""
 
     @task.short_circuit(task_id="decide")
-    def decide(outcome: dict[str, Any]) -> bool:
+    def decide(outcome: dict[str, Any], run: dict[str, Any]) -> dict[str, str] | None:
+        """What retrain is told; None where all is well."""
         verdict = outcome["metrics"]["reports/drift/verdict.json"]
-        print("drift: " + "; ".join(verdict["reasons"]) if verdict["drift"] else "all is well")
-        return bool(verdict["drift"])
+        reasons = "; ".join(verdict["reasons"])
+        print(f"drift: {reasons}" if verdict["drift"] else "all is well")
+        # A run without an interval has the clock of params.yaml, and so has its retrain.
+        clock = {"as_of": run["overrides"]["as_of"]} if "as_of" in run["overrides"] else {}
+        return {"reason": f"watch: {reasons}"} | clock if verdict["drift"] else None
 
-    pulled = "ti.xcom_pull('{}')"
-    reasons = f"{pulled.format('drift')}['metrics']['reports/drift/verdict.json']['reasons']"
+    decided: Any = decide(drift.output, begun.output)  # type: ignore[arg-type]
     retrain = TriggerDagRunOperator(
         task_id="retrain",
         trigger_dag_id="retrain",
         trigger_run_id="watch__{{ run_id }}",
-        conf={
-            "as_of": f"{{{{ {pulled.format('begin')}['overrides']['as_of'] }}}}",
-            "reason": f"{{{{ 'watch: ' ~ {reasons} | join('; ') }}}}",
-        },
+        conf=decided,
         skip_when_already_exists=True,
     )
-    decided = decide(drift.output)  # type: ignore[arg-type]
     lock >> decided >> retrain
     return retrain
 
@@ -186,6 +186,8 @@ def _spec(context: Context) -> dict[str, Any]:
     """What the run overrides. The form has it; a scheduled run's clock is the end of its data."""
     form = context["params"]
     overrides = {key: form[name] for name, key in FORM.items() if form.get(name) is not None}
+    if "fit.max_epochs" in overrides:
+        overrides["fit.max_epochs"] = int(overrides["fit.max_epochs"])  # the form takes 1.0
     end = context.get("data_interval_end")
     if "as_of" not in form and end is not None:
         overrides["as_of"] = _clock(end)
@@ -218,7 +220,7 @@ def _task(name: str, arguments: Any, **settings: Any) -> BaseOperator:
     group = name.partition("@")[0]  # a member of a foreach has its group's policy
     policy = tasks.get(name) or tasks.get(group) or orchestrate["default"]
     settings |= {
-        "task_id": name.replace("@", "."),  # a member of a foreach
+        "task_id": name.replace("@", "."),  # graph.task_id, which would import DVC
         "owner": policy["owner"],
         "retries": policy["retries"],
         "retry_delay": timedelta(seconds=policy["retry_delay_seconds"]),

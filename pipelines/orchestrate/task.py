@@ -63,6 +63,10 @@ EFFECTS = {
 }
 
 
+# What `begin` may be told of a run.
+SPEC = {"overrides", "force", "reason", "attempt"}
+
+
 class FailedError(Exception):
     """A process of the run ended with this status and has said why."""
 
@@ -161,6 +165,10 @@ def _do(home: Path, given: argparse.Namespace) -> Record:
 
 def begin(home: Path, run_id: str, spec: dict[str, Any]) -> Record:
     """Write the run down: of two attempts to begin it, the later holds."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id):
+        raise UserError(f"{run_id!r} cannot name a run; expected letters, digits, . _ and -")
+    if not isinstance(spec, dict) or set(spec) - SPEC:
+        raise UserError(f"--spec is {spec}; expected a mapping of {', '.join(sorted(SPEC))}")
     run = Run(run_id, workspace.git(home, "rev-parse", "HEAD"), **spec)
     changed = workspace.git(home, "status", "--porcelain", "--untracked-files=no").splitlines()
     if changed:
@@ -325,7 +333,7 @@ def act(home: Path, run: Run, name: str, arguments: list[str]) -> Record:
             store.take(repo, _outs(repo, list(effect.reads)))
         with lease.held(meeting, f"effect-{name}", _waits(name)) as held:
             before = meeting.get(_path(run.id, name))
-            if effect.gives and before and before["attempt"] == run.attempt:
+            if before and before["attempt"] == run.attempt and _given(folder, meeting, run, effect):
                 stages.say(name, "done before in this run; what it gave stays")
                 return before
             status = subprocess.run([sys.executable, "-m", effect.module, *arguments]).returncode
@@ -338,6 +346,12 @@ def act(home: Path, run: Run, name: str, arguments: list[str]) -> Record:
                 _hand_over(folder, meeting, run, effect.gives, mine)
             meeting.put(_path(run.id, name), mine)
     return mine
+
+
+def _given(folder: Path, meeting: Exchange, run: Run, effect: Effect) -> bool:
+    """Whether the store still holds what the effect gave to the run."""
+    given = meeting.get(_path(run.id, effect.gives)) if effect.gives else None
+    return given is not None and _intact(folder, str(effect.gives), given, {})
 
 
 def _hand_over(folder: Path, meeting: Exchange, run: Run, stage: str, record: Record) -> None:
@@ -365,11 +379,15 @@ def unite(home: Path, run: Run, names: list[str]) -> Record:
         with _repo(folder) as repo:
             meeting = workspace.exchange(repo)
             nodes = graph.read(repo)
+        if unknown := sorted(set(names) - set(nodes)):
+            raise UserError(f"dvc.yaml of {run.commit[:12]} has no stage {unknown[0]}")
         given = {one for name in names for one in nodes[name]["parents"]} - set(names)
         if not given and set(nodes) != set(names):
             raise UserError("dags/manifest.json is not that of the run's dvc.yaml: make manifest")
         found = {one: _found(meeting, run.id, one) for one in nodes if one in names or one in given}
-        made = {out["path"]: out["md5"] for one in found.values() for out in one["lock"]["outs"]}
+        made = {
+            out["path"]: out["md5"] for one in found.values() for out in one["lock"].get("outs", [])
+        }
         _refuse_mixed(found, made)
         workspace.join_lock(folder, {one: fragment["lock"] for one, fragment in found.items()})
         with _repo(folder) as repo:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -57,28 +57,32 @@ class Run:
 @contextmanager
 def opened(home: Path, run: Run, task: str) -> Iterator[Path]:
     """Yield a new checkout for one attempt; while it is open, no collector removes it."""
-    folder, lock = _claim(home / ROOT / run.id, task)
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    folder, held = _claim(home / ROOT / run.id, task)
+    with held:
         params = _check_out(home, folder, run)
-        try:
-            yield folder
-        finally:
-            # Here and not at a run's end: of many workers, each collects its own.
-            for old in collect(home, params.orchestrate.keep):
-                stage.say(task, f"workspaces of {old} removed")
+        # Here and not at a run's end: of many workers, each collects its own. And before the work,
+        # so that the last line is what the work said.
+        for old in collect(home, params.orchestrate.keep):
+            stage.say(task, f"workspaces of {old} removed")
+        yield folder
 
 
-def _claim(base: Path, task: str) -> tuple[Path, Path]:
-    """The first number of an attempt that nobody took."""
-    base.mkdir(parents=True, exist_ok=True)
+def _claim(base: Path, task: str) -> tuple[Path, TextIO]:
+    """The folder of the first attempt that nobody took, and its lock, which is held."""
     number = 1
     while True:
         folder = base / f"{task}-{number}"
-        with suppress(FileExistsError):
+        base.mkdir(parents=True, exist_ok=True)
+        try:
             folder.mkdir()
-            return folder, base / f".{folder.name}.lock"
-        number += 1
+            held = (base / f".{folder.name}.lock").open("w")
+        except FileExistsError:
+            number += 1
+        except FileNotFoundError:
+            pass  # a collector took the base away: once more
+        else:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            return folder, held
 
 
 def _check_out(home: Path, folder: Path, run: Run) -> parameters.Params:
@@ -98,13 +102,23 @@ def _check_out(home: Path, folder: Path, run: Run) -> parameters.Params:
         link = folder / stage.STATE / name
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(shared)
-    # A folder of raw files beside the checkout is named from there.
-    source = folder / params.fetch.source
-    if not source.exists() and (home / params.fetch.source).is_dir():
-        source.parent.mkdir(parents=True, exist_ok=True)
-        source.symlink_to((home / params.fetch.source).resolve())
+    _link_source(home, folder, params.fetch.source)
     _configure(home, folder)
     return params
+
+
+def _link_source(home: Path, folder: Path, source: str) -> None:
+    """A folder of raw files that is named from the checkout is that of `home`, whole: git may track
+    a part of it.
+    """
+    if Path(source).is_absolute() or not (home / source).is_dir():
+        return
+    link = Path(os.path.normpath(folder / source))
+    if folder in link.parents:  # and of this workspace alone
+        shutil.rmtree(link, ignore_errors=True)
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((home / source).resolve())
 
 
 def _has(folder: Path, commit: str) -> bool:
@@ -131,13 +145,15 @@ def set_params(folder: Path, run: Run) -> parameters.Params:
 
 
 def commit(folder: Path, message: str, paths: list[Path]) -> str:
-    """Commit the paths as of the time of HEAD and return the hash."""
+    """Commit the paths as of the time of HEAD and return the hash; HEAD's where nothing changed."""
     when = git(folder, "show", "--no-patch", "--format=%cI", "HEAD")
     who = {"NAME": "Headrace", "EMAIL": "headrace@localhost", "DATE": when}
     env = {
         f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()
     }
     git(folder, "add", "--force", *map(str, paths))
+    if not git(folder, "diff", "--cached", "--name-only"):
+        return git(folder, "rev-parse", "HEAD")
     git(
         folder,
         "-c",
@@ -192,8 +208,8 @@ def git(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str
         env=os.environ | (env or {}),
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"git {arguments[0]}: {said[-1]}")
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise RuntimeError(f"git {' '.join(arguments)}: {said[-1]}")
     return done.stdout.strip()
 
 
@@ -245,6 +261,10 @@ def collect(home: Path, keep: int) -> list[str]:
 
     A run with an attempt still at work is left alone; so is one that another collector removes.
     """
+    for left in (home / ROOT).glob(".*"):  # by a collector that was killed
+        with suppress(FileNotFoundError):
+            if not _at_work(left):
+                shutil.rmtree(left, ignore_errors=True)
     runs = {}
     for one in (home / ROOT).glob("[!.]*"):
         with suppress(FileNotFoundError):
@@ -252,7 +272,7 @@ def collect(home: Path, keep: int) -> list[str]:
     removed = []
     for run in sorted(runs, key=runs.__getitem__, reverse=True)[keep:]:
         gone = run.with_name(f".{run.name}.{os.getpid()}")
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # another collector was here, or a new attempt
             if _at_work(run):
                 continue
             run.rename(gone)  # whoever opens a workspace of this run now makes the folder anew

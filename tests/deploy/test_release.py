@@ -1,5 +1,6 @@
 """A release ends with the challenger as champion, or with the champion as it was; never between."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,6 +37,10 @@ class Pretended:
         self.slots: dict[Slot, str] = {}
         self.percent, self.calls = 0, list[str]()
         self.seen: dict[Slot, Observation] = {}
+        self.awake = True
+
+    def up(self) -> bool:
+        return self.awake
 
     def start(self, slot: Slot, release: Release) -> None:
         assert stage.digest(release.folder) == release.digest
@@ -207,13 +212,35 @@ def test_a_controller_that_was_replaced_changes_nothing(held: Registry) -> None:
         one.add("rolled back", reason="late")
 
 
-def test_without_gate_or_challenger_there_is_no_release(held: Registry, checkout: Checkout) -> None:
+@pytest.mark.parametrize("awake", [True, False])
+def test_without_gate_there_is_no_release(held: Registry, checkout: Checkout, awake: bool) -> None:
     held.tag(2, {"gate": "failed", "gate_reason": "worse"})
-    with pytest.raises(UserError, match="may not be promoted: worse"):
-        release.run(checkout.params(), Pretended())
+    target = Pretended()
+    target.awake = awake
+    with pytest.raises(UserError, match="may not be released: worse"):
+        release.run(checkout.params(), target)
+    assert _champion(held) == 1
+
+
+def test_without_challenger_nothing_is_released_but_the_champion_served(
+    held: Registry, checkout: Checkout
+) -> None:
     held.store.delete_registered_model_alias(held.model, CHALLENGER)
-    with pytest.raises(UserError, match="no challenger"):
-        release.run(checkout.params(), Pretended())
+    target = Pretended()
+    release.run(checkout.params(), target)
+    assert json.loads(release.RECORD.read_text())["outcome"] == "nothing to release"
+    assert target.serving() == {"champion": held.version(1).tags["bundle"]}
+
+
+def test_where_nothing_is_served_the_gate_decides_alone(held: Registry, checkout: Checkout) -> None:
+    target = Pretended()
+    target.awake = False
+    with pytest.raises(UserError, match="nothing is served at local; start it: make serve"):
+        release.run(checkout.params(), target, shadow=True)
+    release.run(checkout.params(), target)
+    release.run(checkout.params(), target)
+    assert _champion(held) == 2
+    assert target.calls == []
 
 
 @pytest.fixture

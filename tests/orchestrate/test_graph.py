@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from orchestrate.place import environment, git, python
+from orchestrate.place import commit, environment, git, python, task
 from world import ROOT
 
+from pipelines.errors import UserError
 from pipelines.orchestrate import graph
 
 # Prints each task of a DAG file with its parents, and what was imported to parse it.
@@ -156,3 +157,58 @@ def test_any_graph_has_the_edges_of_dvc_dag(
     for name, node in stages.items():
         assert set(node["parents"]) <= seen, "an order in which it can run"
         seen.add(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('a: {cmd: "true", outs: [{a: {cache: false}}]}', "a gives a with cache: false"),
+        ('a: {cmd: "true", metrics: [{m.json: {cache: false}}]}', "a gives m.json with cache: fal"),
+        ('a: {cmd: "true", wdir: pipelines, outs: [a]}', "a sets wdir; expected paths from the"),
+        ('a: {cmd: "true", deps: [raw.csv], outs: [a]}', "a reads raw.csv, which dvc add tracks"),
+        ('gate: {cmd: "true", outs: [a]}', "gate cannot name a stage that Airflow runs"),
+        (
+            'p.1: {cmd: "true", outs: [a]}\n  p: {foreach: [1], do: {cmd: "true", outs: [b]}}',
+            "2 stages would be the task p.1",
+        ),
+    ],
+)
+def test_what_another_worker_could_not_have_is_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    folder = _repository(tmp_path / "r", f"stages:\n  {text}\n")
+    (folder / "raw.csv").write_text("x")
+    if "raw.csv" in text:
+        python(folder, "-m", "dvc", "add", "-q", "raw.csv")
+    with pytest.raises(UserError, match=said):
+        _read(folder)
+
+
+def test_a_run_whose_lock_is_committed_already_unites(tmp_path: Path) -> None:
+    """As after `make run` and a commit of dvc.lock. A stage may give nothing."""
+    text = 'stages:\n  a: {cmd: echo 1 > a, outs: [a]}\n  b: {cmd: "true", deps: [a]}\n'
+    folder = _repository(tmp_path / "r", text)
+    python(folder, "-m", "dvc", "repro", "-q")
+    head = commit(folder, "with its lock")
+    task(folder, "begin", "--run", "n1")
+    for name in ("a", "b"):
+        task(folder, "stage", name, "--run", "n1")
+    task(folder, "unite", "--run", "n1", "a", "b")
+    assert git(folder, "rev-parse", "runs/n1") == head
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["begin", "--run", "../evil"], "'../evil' cannot name a run"),
+        (["begin", "--run", "n", "--spec", '{"x": 1}'], "expected a mapping of attempt, force"),
+        (["begin", "--run", "n", "--spec", "[]"], "--spec is []; expected a mapping"),
+    ],
+)
+def test_a_wrong_command_is_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    folder = _repository(tmp_path / "r", 'stages:\n  a: {cmd: "true", outs: [a]}\n')
+    commit(folder, "first")
+    done = task(folder, *arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

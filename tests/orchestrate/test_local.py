@@ -46,8 +46,39 @@ def test_it_starts_tells_and_stops(tmp_path: Path, half_year: Path) -> None:
             assert answer.status == 200
     assert len(_processes_of(home)) > 4
 
-    started.send_signal(signal.SIGINT)  # as the terminal does
+    second = _refused(home, AIRFLOW_PORT=str(free_port()), MLFLOW_PORT=str(free_port()))
+    assert second == f"airflow: error: another make airflow serves {home}\n"
+
+    # A terminal that is closed, and a person who loses patience.
+    for sent in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+        started.send_signal(sent)
     rest, _ = started.communicate(timeout=90)
     assert started.returncode == 0
-    assert rest.strip() == "airflow: stopped"
+    assert rest.split("\n")[-2] == "airflow: stopped"
+    assert "Traceback" not in rest
     assert _processes_of(home) == []
+
+
+def _refused(home: Path, **ports: str) -> str:
+    """What `make airflow` says as a user's mistake."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.orchestrate.local"],
+        cwd=home, env=environment(home) | ports, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        ({"AIRFLOW_PORT": "abc"}, "AIRFLOW_PORT is abc; expected a port, 1 to 65535"),
+        ({"MLFLOW_PORT": "99999"}, "MLFLOW_PORT is 99999; expected a port, 1 to 65535"),
+        ({"AIRFLOW_PORT": "7000", "MLFLOW_PORT": "7000"}, "are both 7000; expected two ports"),
+    ],
+)
+def test_a_wrong_port_is_one_line(
+    tmp_path: Path, half_year: Path, ports: dict[str, str], said: str
+) -> None:
+    home = repository(tmp_path / "home", half_year)
+    assert _refused(home, **ports).strip().endswith(said)

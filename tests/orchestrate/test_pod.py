@@ -107,6 +107,12 @@ def test_a_pod_runs_the_body_with_the_credentials_of_the_secret(pods: dict[str, 
     assert not body.get("env")  # no credential stands in the pod itself
 
 
+def test_a_pod_takes_what_the_form_says_for_text(pods: dict[str, Any]) -> None:
+    """Kubernetes would put a variable of the pod in the place of $(NAME)."""
+    (spec,) = (word for word in container(pods["begin"])["args"] if "reason" in word)
+    assert '"reason": "$$(A_SECRET)"' in spec
+
+
 def test_the_body_needs_no_disk_but_its_own(
     home: Path, pods: dict[str, Any], weed: Seaweed, tmp_path: Path
 ) -> None:
@@ -335,7 +341,7 @@ def _context(task: Any) -> dict[str, Any]:
             clear_number=0,
         ),
         "outlet_events": events,
-        "params": {"as_of": AS_OF, "max_epochs": None, "reason": "", "force": False},
+        "params": {"as_of": AS_OF, "max_epochs": None, "reason": "$(A_SECRET)", "force": False},
         "run_id": "manual__1",
         "ti": attempt,
     }

@@ -19,7 +19,7 @@ STAGES = ("fetch", "load", "validate", "featurize", "score", "drift")
 @pytest.fixture(scope="module")
 def champion(airflow: Airflow) -> Airflow:
     """Airflow with a champion in the registry and watch switched on."""
-    airflow.trigger("retrain", "champion", as_of="2013-05-01")
+    airflow.trigger("retrain", "champion", as_of="2013-06-01")
     assert airflow.wait("retrain", "champion") == GREEN, airflow.tasks("retrain", "champion")
     airflow.api.call("PATCH", "/dags/watch?update_mask=is_paused", {"is_paused": False})
     return airflow

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orchestrate.place import git, repository
+from orchestrate.place import commit, git, repository
 
 from pipelines import params as parameters
 from pipelines.errors import UserError
@@ -20,6 +20,14 @@ from pipelines.orchestrate.workspace import Run
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, half_year: Path) -> Path:
     return repository(tmp_path_factory.mktemp("workspace") / "home", half_year)
+
+
+def set_source(home: Path, source: str) -> None:
+    path = home / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["fetch"]["source"] = source
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    commit(home, f"source: {source}")
 
 
 def _run(home: Path, id_: str, **overrides: object) -> Run:
@@ -51,6 +59,20 @@ def test_a_worker_behind_fetches_the_commit(home: Path, tmp_path: Path) -> None:
     git(home, "commit", "-qm", "new")
     with workspace.opened(tmp_path / "behind", _run(home, "r2"), "fetch") as folder:
         assert (folder / "new.txt").is_file()
+
+
+def test_a_folder_of_raw_files_is_there_whole_though_git_tracks_a_part(home: Path) -> None:
+    source = home / "my" / "folder"
+    source.mkdir(parents=True)
+    (source / "old.csv").write_text("old")
+    set_source(home, "my/folder")
+    (source / "new.csv").write_text("new")
+    with workspace.opened(home, _run(home, "r3"), "fetch") as folder:
+        assert (folder / "my" / "folder" / "new.csv").is_file()
+    # What is named in full is read where it is.
+    set_source(home, str(source))
+    with workspace.opened(home, _run(home, "r4"), "fetch"):
+        assert sorted(one.name for one in source.iterdir()) == ["new.csv", "old.csv"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +119,7 @@ def test_old_runs_are_collected_unless_at_work(tmp_path: Path) -> None:
     for age, name in enumerate(["newest", "newer", "working", "old"]):
         (base / name / "fit-1").mkdir(parents=True)
         os.utime(base / name, (time.time() - age * 60,) * 2)
+    (base / ".gone.17" / "fit-1").mkdir(parents=True)  # of a collector that was killed
     lock = base / "working" / ".fit-1.lock"
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -63,6 +63,7 @@ class Replica:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 backlog=4096,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=params.read_seconds,

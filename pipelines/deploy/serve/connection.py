@@ -29,6 +29,12 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.largest:
             transport.abort()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # uvicorn leaves the timer of a connection that was reset, and with it all of its memory.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+
     def on_message_begin(self) -> None:
         self.since = self.loop.time()
         super().on_message_begin()

@@ -22,7 +22,14 @@ LARGEST = float(np.finfo(np.float32).max)
 # `records` is the only key of the form with many, so it is also the first.
 _MANY = re.compile(rb'\s*\{\s*"records"\s*:')
 _AT = re.compile(r" - at `\$(?:\.records\[(\d+)\])?(?:\.(.+))?`$")
-_WANTED = {"str | null": "a text or null", "float | null": "a number or null"}
+_WANTED = {
+    "str | null": "a text or null",
+    "float | null": "a number or null",
+    "float": "a number or null",
+}
+# What a column's value may be in JSON.
+TEXT = str | None
+NUMBER = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)] | None
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,13 @@ class Contract:
         return self._columns([msgspec.structs.astuple(record) for record in records])
 
     def columns(self, texts: list[list[str | None]], numbers: list[list[float | None]]) -> Columns:
-        """From values by column, None where missing. Raises Refusal for what no float32 holds."""
+        """From values by column, None where missing."""
         rows = len((texts or numbers)[0])
-        plain = [["" if value is None else value for value in column] for column in texts]
-        made = np.array(plain, dtype=object).reshape(len(texts), rows)
-        with np.errstate(over="ignore"):
-            values = np.array(numbers, dtype=np.float32).reshape(len(numbers), rows)
-        self._check(values)
-        return Columns(made, values)
+        plain = [[value or "" for value in column] for column in texts]
+        return Columns(
+            np.array(plain, dtype=object).reshape(len(texts), rows),
+            np.array(numbers, dtype=np.float32).reshape(len(numbers), rows),
+        )
 
     def _columns(self, records: list[tuple[Any, ...]]) -> Columns:
         split = len(self.texts)
@@ -85,17 +91,8 @@ class Contract:
         # Nearly every request: one array for all numbers of the row.
         (row,) = records
         texts = np.array([value or "" for value in row[:split]], dtype=object)
-        with np.errstate(over="ignore"):
-            numbers = np.array(row[split:], dtype=np.float32)
-        self._check(numbers[:, None])
+        numbers = np.array(row[split:], dtype=np.float32)
         return Columns(texts[:, None], numbers[:, None])
-
-    def _check(self, numbers: npt.NDArray[np.float32]) -> None:
-        beyond = np.isinf(numbers)
-        if beyond.any():
-            column, row = (int(place[0]) for place in np.nonzero(beyond))
-            name = self.numbers[column]
-            raise Refusal(422, f"row {row}, column {name}: expected a number within float32")
 
     @cached_property
     def schema(self) -> dict[str, Any]:
@@ -114,7 +111,7 @@ def _record(texts: list[str], numbers: list[str]) -> type[msgspec.Struct]:
     """A Struct of every column, texts first. Columns may have names that are none in Python."""
     names = [*texts, *numbers]
     fields = [f"f{number}" for number in range(len(names))]
-    kinds = [str | None] * len(texts) + [float | None] * len(numbers)
+    kinds = [TEXT] * len(texts) + [NUMBER] * len(numbers)
     return msgspec.defstruct(
         "Record",
         list(zip(fields, kinds, strict=True)),
@@ -133,5 +130,8 @@ def _explain(message: str) -> str:
         said = said.replace(f"`{kind}`", words)
     for kind, words in (("missing required", "lacks"), ("contains unknown", "has the unknown")):
         said = said.replace(f"Object {kind} field", f"the record {words} column")
-    place = f"row {row or 0}" + (f", column {column}" if column else "")
+    if column == "records" and row is None:
+        place = column
+    else:
+        place = f"row {row or 0}" + (f", column {column}" if column else "")
     return f"{place}: {said[0].lower()}{said[1:].replace('`', '')}"

@@ -4,6 +4,7 @@ A bundle is verified before it is opened, and opened before it takes over: reque
 the one they began with, so none fails while bundles change.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Model:
         answer: Probabilities = self.session.run(None, feed)[0]
         if answer.shape != (columns.rows,):
             raise RuntimeError(f"the answer has shape {answer.shape} for {columns.rows} rows")
-        if not ((answer >= 0) & (answer <= 1)).all():
+        if not all(0 <= value <= 1 for value in answer.tolist()):
             raise RuntimeError("the answer is no probability")
         return answer
 
@@ -96,12 +97,12 @@ def load(named: Named, params: Serve) -> Model:
 
 def of_slot(slot: Path, at_least: int) -> Named:
     """What the slot file names, if its signature is right and it is no older than allowed."""
-    held = stage.read_json(slot)
     try:
+        held = json.loads(slot.read_bytes())
         named = Named(Path(held["bundle"]), str(held["digest"]), int(held["version"]))
         statement = {"model": held["model"], "version": named.version, "bundle": named.digest}
         signature = held["signature"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{slot}: {stage.one_line(error)}; expected model, version, bundle, digest, signature"
         ) from None

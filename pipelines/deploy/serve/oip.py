@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from pipelines.deploy.serve.contract import Columns, Contract
+from pipelines.deploy.serve.contract import LARGEST, NUMBER, TEXT, Columns, Contract
 from pipelines.deploy.serve.refusal import Refusal
 
 DATATYPES = {"string": "BYTES", "float32": "FP32"}
 OUTPUT = "probability"
 _READERS: dict[str, msgspec.json.Decoder[Any]] = {
-    "BYTES": msgspec.json.Decoder(list[str | None]),
-    "FP32": msgspec.json.Decoder(list[float | None]),
+    "BYTES": msgspec.json.Decoder(list[TEXT]),
+    "FP32": msgspec.json.Decoder(list[NUMBER]),
 }
 
 
@@ -138,7 +138,8 @@ _PARAMETERS = {"type": "object"}
 
 
 def _tensor(name: str, kind: str) -> dict[str, Any]:
-    value = {"type": ["string" if kind == "string" else "number", "null"]}
+    number = {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST}
+    value = {"type": ["string", "null"]} if kind == "string" else number
     return {
         "type": "object",
         "additionalProperties": False,

@@ -7,5 +7,7 @@ class Refusal(Exception):  # noqa: N818  no error of ours
     """An answer in itself: its status, one line, and headers beside."""
 
     def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(line)
-        self.status, self.line, self.headers = status, line, dict(headers or {})
+        # It may quote what was asked: not all of it.
+        self.line = " ".join(line.split())[:300]
+        super().__init__(self.line)
+        self.status, self.headers = status, dict(headers or {})

@@ -6,8 +6,8 @@ and answers with bytes.
 
 import asyncio
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +69,7 @@ class Service:
     async def _answer(self, request: Request, route: str, read: Read, write: Write) -> Response:
         headers = dict(request.scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _ID.fullmatch(given) else secrets.token_hex(16)
+        request_id = given.decode() if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         try:
             if self.keys is not None:
                 self.keys.admit(headers.get(b"authorization", b"").decode("latin-1"))

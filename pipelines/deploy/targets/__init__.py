@@ -47,6 +47,9 @@ class Observation:
 class Target(Protocol):
     """Where the slots are served."""
 
+    def up(self) -> bool:
+        """Whether there is anything that can serve. Where not, there is no traffic to judge by."""
+
     def start(self, slot: Slot, release: Release) -> None:
         """Serve the release in the slot; returns once asked, before it is ready."""
 

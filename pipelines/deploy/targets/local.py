@@ -30,6 +30,9 @@ class Local:
     def __init__(self, folder: Path = serving.FOLDER) -> None:
         self.folder = folder
 
+    def up(self) -> bool:
+        return serving.status(self.folder).pid > 0
+
     def start(self, slot: Slot, release: Release) -> None:
         kept = serving.bundle_of(self.folder, release.digest)
         if not kept.is_dir():

@@ -1,0 +1,235 @@
+"""edge: the slots as a channel, a folder that devices read when they have a network.
+
+    channel.json     which bundle each slot is, the challenger's share, a counter; signed
+    files/<sha256>   every file of the slots, under its hash: a device takes only what it lacks
+    answered/        what devices brought back: answered.jsonl of each, under any name
+
+Copy the folder to wherever devices reach it; see infra/targets/edge/run.py, which is all that a
+device runs. Every change has a higher counter, and a device refuses a lower one: so a rollback is
+a newer channel with the older bundle, and nobody can replay what was taken back.
+
+A device takes the challenger by a hash of its name. Nobody can mirror what it answers: a share of
+devices is the only trial.
+
+run:  python -m pipelines.deploy.targets.edge CHANNEL DEVICE FOLDER
+makes the folder of one device, whole: copied to the device it answers without a network.
+"""
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines import bundle, metrics, signing, stage
+from pipelines.deploy.targets import Observation, Release, Slot, answered
+from pipelines.errors import UserError
+
+RUNNER = Path(__file__).parent.parent.parent.parent / "infra" / "targets" / "edge" / "run.py"
+# The int8 network goes to devices only if it costs less than this on the bundle's reference rows.
+MAX_AUC_FALL = 0.001
+MAX_LOG_LOSS_RISE = 0.001
+Channel = dict[str, Any]
+
+
+class Edge:
+    """The channel in `folder`, as a target."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, slot: Slot, release: Release) -> None:
+        def turn(now: Channel) -> None:
+            held = now["slots"].get(slot, {})
+            if (held.get("bundle"), held.get("version")) == (release.digest, release.version):
+                return
+            now["model"] = release.model
+            now["slots"][slot] = self._published(release)
+            if slot == "challenger":
+                now["percent"] = 0
+
+        self._change(turn)
+
+    def healthy(self, slot: Slot) -> bool:
+        """Whether every file of the slot lies in the channel as it was signed; who took it is seen
+        in `observe`.
+        """
+        held = self._channel()["slots"].get(slot)
+        return held is not None and all(
+            _sha256(self.folder / "files" / sha256) == sha256 for sha256 in held["files"].values()
+        )
+
+    def shift(self, percent: int, shadow: bool = False) -> None:
+        if shadow and not percent:
+            raise UserError("edge: nothing mirrors what a device answers; start with a share")
+
+        def turn(now: Channel) -> None:
+            if "challenger" not in now["slots"]:
+                raise UserError("there is no challenger to shift traffic to; start one first")
+            now["percent"] = percent
+
+        self._change(turn)
+
+    def switch(self) -> None:
+        def turn(now: Channel) -> None:
+            if "challenger" in now["slots"]:
+                now["slots"] = {"champion": now["slots"]["challenger"]}
+                now["percent"] = 0
+
+        self._change(turn)
+
+    def roll_back(self) -> None:
+        def turn(now: Channel) -> None:
+            if now["slots"].pop("challenger", None):
+                now["percent"] = 0
+
+        self._change(turn)
+
+    def serving(self) -> dict[Slot, str]:
+        return {slot: held["bundle"] for slot, held in self._channel()["slots"].items()}
+
+    def observe(self) -> dict[Slot, Observation]:
+        """What devices brought back; memory is that of the largest."""
+        files = sorted((self.folder / "answered").glob("*.jsonl"))
+        lines = [line for file in files for line in file.read_text().splitlines()]
+        seen: dict[Slot, Observation] = {}
+        for slot, digest in self.serving().items():
+            found = answered.observation(answered.notes(lines, digest))
+            if found is not None:
+                seen[slot] = found
+        return seen
+
+    def install(self, device: str, folder: Path) -> None:
+        """Make the whole folder of one device beside its name, with what the channel has now."""
+        with stage.fresh(folder) as root:
+            (root / "device").write_text(device)
+            shutil.copy(signing.public(), root / "signing.pub")
+            # The first update starts from a runner that stands where a release would.
+            first = root / "first"
+            first.mkdir()
+            shutil.copy(RUNNER, first / RUNNER.name)
+            done = subprocess.run(
+                [sys.executable, first / RUNNER.name, "update", self.folder.resolve()],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode != 0:
+                raise UserError(done.stderr.strip())
+            shutil.rmtree(first)
+
+    def _published(self, release: Release) -> dict[str, Any]:
+        """Put the files of a release into the channel. Returns its slot."""
+        if stage.digest(release.folder) != release.digest:
+            raise UserError(f"{release.folder} is not the bundle {release.digest[:12]}")
+        with tempfile.TemporaryDirectory() as made:
+            model, variant = smaller(release.folder, Path(made))
+            sources = {
+                RUNNER.name: RUNNER,
+                bundle.CONTRACT: release.folder / bundle.CONTRACT,
+                bundle.MODEL: model,
+            }
+            files = {name: _sha256(source) for name, source in sources.items()}
+            for name, sha256 in files.items():
+                with stage.whole(self.folder / "files" / sha256) as partial:
+                    shutil.copy(sources[name], partial)
+        about = {"version": release.version, "bundle": release.digest, "variant": variant}
+        return about | {"files": files}
+
+    def _channel(self) -> Channel:
+        path = self.folder / "channel.json"
+        if not path.is_file():
+            return {"model": "", "counter": 0, "percent": 0, "slots": {}}
+        channel: Channel = stage.read_json(path)
+        del channel["signature"]
+        return channel
+
+    def _change(self, turn: Callable[[Channel], None]) -> None:
+        """Publish what `turn` makes of the channel, under the next number; nothing if nothing
+        changed.
+        """
+        before, after = self._channel(), self._channel()
+        turn(after)
+        if after == before:
+            return
+        after["counter"] += 1
+        signed = after | {"signature": signing.sign(after)}
+        stage.write_json(self.folder / "channel.json", signed)
+        kept = {sha for held in after["slots"].values() for sha in held["files"].values()}
+        for file in (self.folder / "files").iterdir():
+            if file.name not in kept:
+                file.unlink()
+
+
+def smaller(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The network for devices, int8 if that loses little, and what it loses.
+
+    Weights are int8, activations are scaled as they come (dynamic quantization): so an answer
+    depends a little on the rows it is asked with.
+    """
+    import pyarrow.parquet as pq
+
+    scorer = bundle.load(folder)
+    reference = pq.read_table(folder / bundle.REFERENCE)
+    label = reference[scorer.contract["label"]].to_numpy()
+    small = quantized(folder / bundle.MODEL, out / bundle.MODEL)
+    other = bundle.Scorer(scorer.contract, bundle.open_session(small))
+    before = metrics.point(label, scorer.predict(reference))
+    after = metrics.point(label, other.predict(reference))
+    lost = {
+        "auc_fall": round(before["auc"] - after["auc"], metrics.DIGITS),
+        "log_loss_rise": round(after["log_loss"] - before["log_loss"], metrics.DIGITS),
+    }
+    if lost["auc_fall"] > MAX_AUC_FALL or lost["log_loss_rise"] > MAX_LOG_LOSS_RISE:
+        return folder / bundle.MODEL, {"type": "float32", "int8": lost}
+    return small, {"type": "int8", "int8": lost}
+
+
+def quantized(model: Path, out: Path) -> Path:
+    """Write the network with int8 weights, in the seven bits that no processor overflows."""
+    import logging
+
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    loaded = onnx.load(model)
+    # Merged graphs name a domain twice, which the quantizer does not take.
+    versions = {one.domain: one.version for one in loaded.opset_import}
+    del loaded.opset_import[:]
+    loaded.opset_import.extend(onnx.helper.make_opsetid(*one) for one in versions.items())
+    logging.disable(logging.WARNING)  # its advice is about networks of images
+    try:
+        quantize_dynamic(
+            loaded, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return out
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.deploy.targets.edge", description="Make the folder of a device."
+    )
+    parser.add_argument("channel", type=Path, help="the folder of the channel")
+    parser.add_argument("device", help="the name of the device")
+    parser.add_argument("folder", type=Path, help="what is made, to be copied to the device")
+    given = parser.parse_args()
+    try:
+        Edge(given.channel).install(given.device, given.folder)
+    except UserError as error:
+        print(f"edge: error: {error}", file=sys.stderr)
+        return 2
+    stage.say("edge", f"{given.folder} is the device {given.device}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""The edge target: a device answers from a signed folder alone, and is never half updated."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from deploy.targets import bundles
+from deploy.targets.compliance import Compliance, Place
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import bundle, signing, stage
+from pipelines.deploy.targets import Release, edge
+from pipelines.deploy.targets.edge import Edge
+from pipelines.errors import UserError
+
+ROWS = [{"origin": "EWR", "delay": 3.5}, {"origin": "never seen", "temp": -1.0}, {}]
+
+
+def runner() -> ModuleType:
+    """run.py as a module."""
+    spec = importlib.util.spec_from_file_location("run", edge.RUNNER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN = runner()
+
+
+@pytest.fixture(autouse=True)
+def _key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "keys" / "signing.pem"))
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> list[Release]:
+    return [bundles.release(tmp_path, version) for version in (1, 2)]
+
+
+class TestEdge(Compliance):
+    """A fleet whose devices are told by the channel and bring back what they answered."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path, releases: list[Release]) -> Place:
+        target = Edge(tmp_path / "channel")
+        made: list[int] = []
+
+        def ask(times: int) -> Counter[str]:
+            made.append(times)
+            channel = json.loads((target.folder / "channel.json").read_text())
+            names = [f"device-{sum(made)}-{number}" for number in range(times)]
+            fleet: dict[str, list[str]] = {}
+            for name in names:
+                fleet.setdefault(RUN.slot_of(channel, name), []).append(name)
+            for devices in fleet.values():  # one device of each slot answers for all of them
+                root = tmp_path / "device"
+                target.install(devices[0], root)
+                RUN.score(root, ["{}"] * len(devices))
+                brought = target.folder / "answered" / f"{devices[0]}.jsonl"
+                brought.parent.mkdir(exist_ok=True)
+                shutil.copy(root / "answered.jsonl", brought)
+            answered = {slot: channel["slots"][slot]["bundle"] for slot in fleet}
+            return Counter({answered[slot]: len(devices) for slot, devices in fleet.items()})
+
+        return Place(target, releases[0], releases[1], ask)
+
+
+@pytest.fixture
+def channel(tmp_path: Path, releases: list[Release]) -> Edge:
+    target = Edge(tmp_path / "channel")
+    target.start("champion", releases[0])
+    return target
+
+
+@pytest.fixture
+def device(tmp_path: Path, channel: Edge) -> Path:
+    channel.install("device-1", tmp_path / "device")
+    return tmp_path / "device"
+
+
+def told(root: Path, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """run.py on the device, which sees no package but the two it may."""
+    return subprocess.run(
+        [sys.executable, root / "current" / "run.py", *words],
+        input=given, capture_output=True, text=True, cwd="/", env={"PATH": os.defpath},
+    )  # fmt: skip
+
+
+def scored(root: Path, rows: list[dict[str, Any]] = ROWS) -> list[float]:
+    done = told(root, "score", given="\n".join(json.dumps(row) for row in rows))
+    assert done.returncode == 0, done.stderr
+    return [float(line) for line in done.stdout.split()]
+
+
+def expected(release: Release) -> list[float]:
+    columns = {"origin": pa.string(), "delay": pa.float32(), "temp": pa.float32()}
+    table = pa.table(
+        {name: pa.array([row.get(name) for row in ROWS], kind) for name, kind in columns.items()}
+    )
+    return [float(value) for value in bundle.load(release.folder).predict(table)]
+
+
+def test_the_runner_is_short() -> None:
+    assert len(edge.RUNNER.read_text().splitlines()) <= 200
+
+
+def test_a_device_answers_as_the_bundle_does(device: Path, releases: list[Release]) -> None:
+    assert scored(device) == pytest.approx(expected(releases[0]), abs=0.02)  # int8
+
+
+def test_a_device_needs_nothing_but_onnxruntime_and_numpy_and_no_network(device: Path) -> None:
+    """What a process of its own loads from site-packages, where no socket can be opened."""
+    done = _watched(device, 'exec(compile(open(path).read(), path, "exec"), {**run})')
+    assert float(done.stdout) > 0
+    loaded, always = set(done.stderr.split()), set(_watched(device, "pass").stderr.split())
+    assert {"onnxruntime", "numpy"} <= loaded
+    assert loaded <= {"onnxruntime", "numpy"} | always  # .pth files load some into every process
+
+
+def _watched(device: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run the body; stderr has the packages of site-packages that were loaded."""
+    code = f"""
+import socket, sys
+socket.socket.connect = None
+path = {str(device / "current" / "run.py")!r}
+run = {{"__name__": "__main__", "__file__": path}}
+sys.argv = ["run.py", "score"]
+{body}
+files = {{name.partition(".")[0]: vars(held).get("__file__") for name, held in sys.modules.items()}}
+print(*[name for name, file in files.items() if "site-packages" in str(file)], file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        input=json.dumps(ROWS[0]),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "bundle.json", "run.py"])
+def test_a_changed_file_is_not_opened(device: Path, file: str) -> None:
+    path = device / "current" / file
+    path.write_bytes(path.read_bytes() + b"\n")
+    done = told(device, "score", given="{}")
+    assert done.returncode == 2
+    assert done.stderr == f"run.py: error: {file} is not as it was signed\n"
+
+
+@pytest.mark.parametrize("change", ["percent", "counter", "signature"])
+def test_a_changed_channel_is_not_believed(device: Path, channel: Edge, change: str) -> None:
+    path = channel.folder / "channel.json"
+    told_by = json.loads(path.read_text())
+    told_by[change] = {"percent": 7, "counter": 99, "signature": "A" * 88}[change]
+    path.write_text(json.dumps(told_by))
+    before = scored(device)
+    done = told(device, "update", str(channel.folder))
+    assert done.returncode == 2
+    assert "signature is not of signing.pub" in done.stderr
+    assert scored(device) == before
+
+
+def test_an_older_channel_is_refused(
+    device: Path, channel: Edge, releases: list[Release], tmp_path: Path
+) -> None:
+    shutil.copytree(channel.folder, tmp_path / "old")
+    channel.start("champion", releases[1])
+    assert told(device, "update", str(channel.folder)).returncode == 0
+    done = told(device, "update", str(tmp_path / "old"))
+    assert done.returncode == 2
+    assert "the channel is older than the 2 held" in done.stderr
+    assert scored(device) == pytest.approx(expected(releases[1]), abs=0.02)
+
+
+def test_a_rollback_is_a_newer_channel(
+    device: Path, channel: Edge, releases: list[Release]
+) -> None:
+    channel.start("challenger", releases[1])
+    channel.shift(100)
+    assert told(device, "update", str(channel.folder)).returncode == 0
+    assert scored(device) == pytest.approx(expected(releases[1]), abs=0.02)
+    channel.roll_back()
+    assert told(device, "update", str(channel.folder)).returncode == 0
+    assert scored(device) == pytest.approx(expected(releases[0]), abs=0.02)
+
+
+def test_only_what_changed_travels(device: Path, channel: Edge, releases: list[Release]) -> None:
+    channel.start("champion", releases[1])
+    done = told(device, "update", str(channel.folder))
+    changed = (device / "current" / "model.onnx").stat().st_size
+    assert done.stdout == f"{changed:,} bytes travelled\n"
+    assert told(device, "update", str(channel.folder)).stdout == "0 bytes travelled\n"
+
+
+def test_over_http(device: Path, channel: Edge, releases: list[Release]) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=channel.folder))
+    Thread(target=server.serve_forever, daemon=True).start()
+    channel.start("champion", releases[1])
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert told(device, "update", url).returncode == 0
+    server.shutdown()
+    server.server_close()
+    assert told(device, "update", url).returncode == 2  # the network is gone: one line
+    assert scored(device) == pytest.approx(expected(releases[1]), abs=0.02)
+
+
+def test_a_bundle_that_cannot_answer_is_not_taken(
+    device: Path, channel: Edge, releases: list[Release], tmp_path: Path
+) -> None:
+    """Signed and whole, yet broken: the device tries it before it lets go of the old one."""
+    broken = shutil.copytree(releases[1].folder, tmp_path / "broken")
+    contract = stage.read_json(broken / bundle.CONTRACT)
+    contract["columns"][0]["name"] = "elsewhere"
+    stage.write_json(broken / bundle.CONTRACT, contract)
+    before = scored(device)
+    edge_smaller = edge.smaller
+    edge.smaller = lambda folder, out: (folder / bundle.MODEL, {"type": "float32"})
+    try:
+        channel.start("champion", Release("flights", 3, stage.digest(broken), broken))
+    finally:
+        edge.smaller = edge_smaller
+    assert told(device, "update", str(channel.folder)).returncode == 2
+    assert scored(device) == before
+
+
+def test_killed_at_any_moment_a_device_has_the_old_or_the_new(
+    channel: Edge, device: Path, tmp_path: Path
+) -> None:
+    made = [bundles.release(tmp_path, version) for version in (3, 4)]
+    right = [pytest.approx(expected(one), abs=0.02) for one in made]
+    channel.start("champion", made[1])
+    told(device, "update", str(channel.folder))
+    random, cut = np.random.default_rng(0), 0
+    for round_ in range(8):
+        channel.start("champion", made[round_ % 2])
+        process = subprocess.Popen(
+            [sys.executable, device / "current" / "run.py", "update", channel.folder],
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(float(random.uniform(0.03, 0.4)))
+        process.send_signal(signal.SIGKILL)
+        cut += process.wait() == -signal.SIGKILL
+        held = json.loads((device / "current" / "channel.json").read_text())
+        assert scored(device) == right[held["slots"]["champion"]["version"] - 3]
+    assert cut > 0
+    assert told(device, "update", str(channel.folder)).returncode == 0
+    assert len(list((device / "releases").iterdir())) == 1
+
+
+def test_int8_goes_to_devices_only_if_it_loses_little(
+    releases: list[Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, about = edge.smaller(releases[0].folder, tmp_path)
+    assert about["type"] == "int8"
+    assert abs(about["int8"]["auc_fall"]) <= edge.MAX_AUC_FALL
+    assert model.parent == tmp_path
+    monkeypatch.setattr(edge, "MAX_AUC_FALL", -1.0)
+    model, about = edge.smaller(releases[0].folder, tmp_path)
+    assert about["type"] == "float32"
+    assert model == releases[0].folder / bundle.MODEL
+
+
+def test_a_mistake_in_a_row_is_one_line(device: Path) -> None:
+    for given_, said in (
+        ('{"orign": "EWR"}', "row 1: column orign is not of the contract"),
+        ("{", "expected a JSON record on each line"),
+        ('{"delay": "late"}', "could not convert"),
+    ):
+        done = told(device, "score", given=given_)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_mirrors_what_a_device_answers(channel: Edge) -> None:
+    with pytest.raises(UserError, match="start with a share"):
+        channel.shift(0, shadow=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(message=st.binary(max_size=200), spoil=st.integers(0, 511))
+def test_the_pure_python_verification_agrees_with_cryptography(message: bytes, spoil: int) -> None:
+    private = Ed25519PrivateKey.generate()
+    key, signature = private.public_key().public_bytes_raw(), private.sign(message)
+    assert RUN.verifies(key, message, signature)
+    wrong = bytearray(signature)
+    wrong[spoil // 8] ^= 1 << spoil % 8
+    assert not RUN.verifies(key, message, bytes(wrong))
+    assert not RUN.verifies(key, message + b"x", signature)
+    assert not RUN.verifies(key, message, signature[:63])
+    # RFC 8032, 5.1.7: S must be below the group's order, else a signature has a second form.
+    more = int.from_bytes(signature[32:], "little") + RUN.ORDER
+    assert not RUN.verifies(key, message, signature[:32] + more.to_bytes(32, "little"))
