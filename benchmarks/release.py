@@ -29,7 +29,7 @@ from load import Load
 from onnx import ModelProto, helper, numpy_helper
 
 sys.path.insert(0, str(ROOT / "tests"))
-from deploy.served import Served, free, until
+from deploy.served import FAULTY, Served, free, until
 
 from pipelines import bundle, stage
 from pipelines import params as parameters
@@ -42,8 +42,7 @@ KILL_EVERY = 20.0
 RESTARTS = 20
 ROWS = 500
 # So many real looks at two slots that are alike, from which releases are drawn.
-LOOKS, DRAWN, LIVE = 120, 20, 2
-FAULTY = (sys.executable, str(ROOT / "tests" / "deploy" / "faulty.py"))
+LOOKS, DRAWN, LIVE = 120, 20, 1
 Change = Callable[[ModelProto], None]
 
 
@@ -117,9 +116,7 @@ class Home:
     def serving(self) -> Iterator[Served]:
         """The champion, whole, until the block ends."""
         env = {"HEADRACE_FAULTS": json.dumps(self.faults)}
-        here = Served(
-            Path(".state/serving").resolve(), self.params.traffic, FAULTY, env, Path.cwd()
-        )
+        here = Served(Path(".state/serving").resolve(), self.params.traffic, FAULTY, env)
         here.start()
         try:
             if serving.desired(here.folder).champion is None:
@@ -270,7 +267,7 @@ def _kill(here: Served, over: threading.Event, told: list[str]) -> None:
 def _restart(here: Served, over: threading.Event, told: list[str]) -> None:
     done = 0
     while done < RESTARTS and not over.is_set():
-        next_one = time.monotonic() + MINUTES * 60 / RESTARTS
+        next_one = time.monotonic() + MINUTES * 60 / (RESTARTS + 1)
         here.target.restart()
         done += 1
         over.wait(max(next_one - time.monotonic(), 0))
@@ -323,7 +320,8 @@ def _drawn(home: Home, looks: list[dict[Slot, Observation]], seed: int) -> bool:
         for slot, name in zip(both, names, strict=True):
             total[slot] = _added(total[slot], drawn[name])
         case = judge.hear(case, dict(total), limits)
-        if judge.faults(case, limits):
+        if found := judge.faults(case, limits):
+            print(f"  alike, drawn: {found}")
             return True
     return False
 

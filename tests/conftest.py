@@ -13,7 +13,10 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from pipelines import params as parameters
 from pipelines.params import Params
 
-TRACKED = ("params.yaml", "dvc.yaml", "expectations", "pipelines", ".dvc/config", ".dvcignore")
+TRACKED = (
+    "params.yaml", "dvc.yaml", "expectations", "infra/envoy", "pipelines", ".dvc/config",
+    ".dvcignore",
+)  # fmt: skip
 
 
 class _ByFolder(LoadScopeScheduling):

@@ -94,3 +94,29 @@ class Pairs:
 def _draw(chance: np.random.Generator, share: Share, number: int) -> int:
     """How many are marked among `number` of the share, drawn without return."""
     return int(chance.hypergeometric(share.marked, share.all - share.marked, number))
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The same bet, on one look after another instead of on pairs of answers.
+
+    What slows one answer, a neighbour on the machine or a replica that starts, slows many at once:
+    of such answers a look is one outcome, however many it holds. Slower to condemn, and not misled.
+    """
+
+    bet: Bet = field(default_factory=Bet)
+    seen: Mapping[Slot, Share] = field(
+        default_factory=lambda: {"champion": Share(), "challenger": Share()}
+    )
+
+    def after(self, new: Mapping[Slot, Share], tolerance: float) -> "Looks":
+        seen = {slot: self.seen[slot] + share for slot, share in new.items()}
+        if not new["challenger"].all or not seen["champion"].all:
+            return Looks(self.bet, seen)
+        # A champion that answers nobody any more is what it was.
+        theirs = new["champion"] if new["champion"].all else seen["champion"]
+        gain = (new["challenger"].value - theirs.value - tolerance) / (1 + tolerance)
+        return Looks(self.bet.after([(gain, 1)]), seen)
+
+    def says(self) -> str:
+        return f"{self.seen['challenger'].value:.1%} against {self.seen['champion'].value:.1%}"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.deploy.bets import Bet, Pairs, Share
+from pipelines.deploy.bets import Bet, Looks, Pairs, Share
 from pipelines.deploy.targets import Observation, Slot
 from pipelines.params import Release as Limits
 
@@ -37,7 +37,7 @@ class Case:
     last: Seen
     bound: float | None = None
     errors: Pairs = field(default_factory=Pairs)
-    latency: Pairs = field(default_factory=Pairs)
+    latency: Looks = field(default_factory=Looks)
     predictions: tuple[Pairs, ...] = field(default=(Pairs(),) * len(SIDES))
     disagreement: Bet = field(default_factory=Bet)
     labels: Bet = field(default_factory=Bet)
@@ -91,7 +91,7 @@ def hear(
     latency = case.latency
     if case.bound is not None:
         slow = {slot: _slower(one, case.bound) for slot, one in new.items()}
-        latency = latency.after(slow, allowed.latency, chance)
+        latency = latency.after(slow, allowed.latency)
     return replace(
         case,
         first={slot: case.first.get(slot, seen[slot]) for slot in seen},

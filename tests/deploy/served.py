@@ -24,6 +24,7 @@ from pipelines.deploy.targets.local import Local
 from pipelines.params import Params, Traffic
 
 STANDIN = (sys.executable, str(ROOT / "tests" / "deploy" / "standin.py"))
+FAULTY = (sys.executable, str(ROOT / "tests" / "deploy" / "faulty.py"))
 RUN = """
 import json, signal, sys
 from pathlib import Path
@@ -44,8 +45,6 @@ class Served:
     traffic: Traffic
     program: Sequence[str]
     env: Mapping[str, str]
-    # Where replicas run: their params.yaml lies there.
-    home: Path = ROOT
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +55,7 @@ class Served:
         given = [str(self.folder), self.traffic.model_dump(), list(self.program)]
         command = [sys.executable, "-c", RUN, json.dumps(given)]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | self.env
-        self.process = subprocess.Popen(command, env=env, cwd=self.home)
+        self.process = subprocess.Popen(command, env=env)
 
     def stop(self) -> None:
         assert self.process is not None
@@ -66,23 +65,21 @@ class Served:
     def status(self) -> serving.Status:
         return serving.status(self.folder)
 
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.traffic.port}{path}"
-
     def ask(self, times: int) -> Counter[str]:
         """So many requests one after another: the bundle that answered, or what went wrong."""
-        return Counter(self.answer(f"row {number}".encode())[0] for number in range(times))
+        return Counter(self.answer({"x": number % 97 / 97}) for number in range(times))
 
-    def answer(self, body: bytes, path: str = "/predict") -> tuple[str, Any]:
+    def answer(self, record: dict[str, Any]) -> str:
+        url = f"http://127.0.0.1:{self.traffic.port}/predict"
         headers = {"content-type": "application/json"}
-        request = urllib.request.Request(self.url(path), data=body, headers=headers)
+        request = urllib.request.Request(url, data=json.dumps(record).encode(), headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
-                return str(answer.headers["x-bundle"]), json.load(answer)
+                return str(json.load(answer)["bundle"])
         except urllib.error.HTTPError as error:
-            return f"{error}: {error.read().decode()}", None
+            return f"{error}: {error.read().decode()}"
         except OSError as error:
-            return str(error), None
+            return str(error)
 
 
 def free(traffic: Traffic, **changes: Any) -> Traffic:
@@ -93,11 +90,17 @@ def free(traffic: Traffic, **changes: Any) -> Traffic:
 
 @contextmanager
 def served(
-    folder: Path, params: Params, faults: Mapping[str, str] | None = None, **changes: Any
+    folder: Path,
+    params: Params,
+    program: Sequence[str] = STANDIN,
+    faults: Mapping[str, str] | None = None,
+    **changes: Any,
 ) -> Iterator[Served]:
-    """Stand-ins behind Envoy until the block ends; `faults` by the digest of a bundle."""
+    """Replicas of the current folder behind Envoy until the block ends; `faults` by the digest of a
+    bundle.
+    """
     env = {"HEADRACE_FAULTS": json.dumps(dict(faults or {}))}
-    made = Served(folder, free(params.traffic, **changes), STANDIN, env)
+    made = Served(folder, free(params.traffic, **changes), program, env)
     made.start()
     try:
         yield made

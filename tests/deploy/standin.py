@@ -43,7 +43,6 @@ class Standin:
                 break
         status, answer = self._answer(scope["path"], body)
         headers = [(key, value) for key, value in scope["headers"] if key == b"x-request-id"]
-        headers += [(b"x-bundle", self.digest.encode()), (b"x-pid", str(os.getpid()).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.encode()})
 
@@ -59,7 +58,8 @@ class Standin:
             return (503 if self.draining else 200), ""
         if path == "/metrics":
             return 200, self._metrics()
-        return 200, json.dumps({"predictions": [{"prediction": self._predict(body)}]})
+        predictions = [{"probability": self._predict(body)}]
+        return 200, json.dumps({"predictions": predictions, "bundle": self.digest})
 
     def _predict(self, body: bytes) -> float:
         """Skewed to small ones, as most flights are on time."""

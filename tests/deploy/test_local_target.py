@@ -14,9 +14,13 @@ import psutil
 import pytest
 from deploy.served import Served, release, served, until
 from deploy.targets.compliance import Compliance, Place
-from world import ROOT
+from deploy.tiny import make_bundle
+from world import ROOT, Checkout
 
+from pipelines import bundle
 from pipelines.deploy import serving
+from pipelines.deploy.supervise import REPLICA
+from pipelines.deploy.targets import Release
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -90,6 +94,22 @@ def test_a_rolling_restart_replaces_every_replica_and_no_request_fails(here: Ser
     assert not before & set(after.pids)
     assert len(after.pids) == 2
     assert here.target.observe()["champion"].restarts == 0
+
+
+def test_the_service_itself_loses_no_request(checkout: Checkout) -> None:
+    """Real replicas with a model: one is killed, all are replaced, and callers notice nothing."""
+    digest = make_bundle()
+    with served(Path("serving"), checkout.params(), REPLICA) as here:
+        here.target.start("champion", Release("flights", 1, digest, bundle.FOLDER))
+        until(lambda: here.target.healthy("champion"), 60)
+        with Callers(here) as callers:
+            os.kill(_champion(here).pids[0], signal.SIGKILL)
+            until(lambda: here.target.observe()["champion"].restarts == 1)
+            until(lambda: here.target.healthy("champion"), 60)
+            here.target.restart()
+        assert set(callers.seen) == {digest}
+        seen = here.target.observe()["champion"]
+        assert (seen.errors, sum(seen.predictions) > 0, seen.memory_bytes > 0) == (0, True, True)
 
 
 def test_a_killed_envoy_is_started_again_and_counts_go_on(here: Served) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.served import Served, served, until
+from deploy.served import FAULTY, Served, served, until
 from deploy.tiny import make_bundle
 from world import ROOT, Checkout
 
@@ -245,11 +245,11 @@ def test_where_nothing_is_served_the_gate_decides_alone(held: Registry, checkout
 
 @pytest.fixture
 def here(held: Registry, checkout: Checkout, tmp_path: Path) -> Iterator[Served]:
-    """A supervisor of this checkout, and callers who never pause. Version 2 is slow."""
+    """Real replicas of this checkout, and callers who never pause. Version 2 is slow."""
     faults = {held.version(2).tags["bundle"]: "slow"}
     folder = Path(".state/serving").resolve()
     over = threading.Event()
-    with served(folder, checkout.params(), faults, replicas=1) as made:
+    with served(folder, checkout.params(), FAULTY, faults, replicas=1) as made:
 
         def ask() -> None:
             while not over.is_set():

@@ -35,6 +35,7 @@ def make_bundle(
     contract = {
         "as_of": as_of, "passed": passed, "metrics": {"auc": 0.7},
         "columns": [{"name": "x", "type": "float32"}],
+        "dataset": "flights", "label": "label", "threshold": 0.5,
         "data": {"features": "none", "fit": "none"},
         "params": {"featurize": {"test_days": 30}},
     }  # fmt: skip

@@ -1,0 +1,191 @@
+"""Envoy takes what is rendered, splits by it at once, and tries again only what is safe."""
+
+import itertools
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from deploy.served import free, until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines import stage
+from pipelines.deploy import envoy
+from pipelines.deploy.envoy import Admin, Way
+from pipelines.errors import UserError
+from pipelines.params import Params, Traffic
+
+
+class Replica:
+    """A replica that answers one status, or hangs up, and counts what it was asked."""
+
+    def __init__(self, status: int, after: float = 0.0) -> None:
+        self.asked = 0
+        outer, waiting = self, threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._answer(200)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                outer.asked += 1
+                if not status:
+                    self.close_connection = True
+                    return
+                waiting.wait(after)
+                self._answer(status)
+
+            def _answer(self, code: int) -> None:
+                self.send_response(code)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+class Proxy:
+    """A running Envoy and its folder."""
+
+    def __init__(self, folder: Path, traffic: Traffic) -> None:
+        self.folder, self.traffic, self.admin = folder, traffic, Admin(traffic)
+
+    def routes(self, clusters: dict[str, list[Replica]], ways: list[Way]) -> None:
+        """Serve these, once all are healthy."""
+        for name, replicas in clusters.items():
+            envoy.endpoints(self.folder, name, [one.port for one in replicas])
+        version = envoy.clusters(self.folder, self.traffic, list(clusters))
+        until(lambda: self.admin.applied("cds") == version)
+        ports = {name: {one.port for one in replicas} for name, replicas in clusters.items()}
+        until(lambda: self.admin.healthy() == ports)
+        version = envoy.routes(self.folder, self.traffic, ways)
+        until(lambda: self.admin.applied("rds") == version)
+
+    def ask(self) -> int:
+        url = f"http://127.0.0.1:{self.traffic.port}/predict"
+        try:
+            with urllib.request.urlopen(url, data=b"{}", timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, params: Params) -> Iterator[Proxy]:
+    traffic = free(params.traffic, timeout_seconds=1)
+    bootstrap = envoy.prepare(tmp_path, traffic)
+    command = envoy.command(bootstrap, tmp_path / "envoy.log")
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, env={"PATH": stage.search_path()}, start_new_session=True
+    )
+    assert process.stdin is not None
+    made = Proxy(tmp_path, traffic)
+    try:
+        until(lambda: _up(made.admin))
+        yield made
+    finally:
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def _up(admin: Admin) -> bool:
+    try:
+        return admin.healthy() == {}
+    except OSError:
+        return False
+
+
+def test_envoy_itself_takes_the_bootstrap(tmp_path: Path, params: Params) -> None:
+    envoy.validate(envoy.prepare(tmp_path, params.traffic))
+
+
+def test_what_envoy_refuses_is_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "bootstrap.yaml"
+    broken.write_text("admin: {adress: nowhere}\n")
+    with pytest.raises(UserError, match="Envoy refuses it") as caught:
+        envoy.validate(broken)
+    assert "\n" not in str(caught.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=4))
+def test_routes_one_after_another_give_the_shares(
+    tmp_path: Path, params: Params, cuts: list[int]
+) -> None:
+    edges = [0, *sorted(cuts), 100]
+    percents = [high - low for low, high in itertools.pairwise(edges)]
+    ways = [Way(percent, f"c{number}") for number, percent in enumerate(percents)]
+    envoy.routes(tmp_path, params.traffic, ways)
+    table = stage.read_json(tmp_path / "routes.json")["resources"][0]
+    left, shares = 1.0, []
+    for route in table["virtual_hosts"][0]["routes"]:
+        part = route["match"]["runtime_fraction"]["default_value"]["numerator"] / 1e6
+        shares.append(100 * left * part)
+        left *= 1 - part
+    assert shares == pytest.approx(percents, abs=0.01)
+
+
+def test_a_share_and_a_copy(proxy: Proxy) -> None:
+    one, two = Replica(200), Replica(201)
+    proxy.routes({"one": [one], "two": [two]}, [Way(30, "two", "one"), Way(70, "one", "two")])
+    seen = Counter(proxy.ask() for _ in range(400))
+    # Of 400 answers the share lies within 12 points but once in ten million times.
+    assert seen[201] / 400 == pytest.approx(0.3, abs=0.12)
+    assert set(seen) == {200, 201}
+    until(lambda: (one.asked, two.asked) == (400, 400))
+    until(lambda: proxy.admin.counted("two").requests == 400)
+    assert proxy.admin.counted("two").errors == 0
+    until(lambda: max(proxy.admin.counted("two").latency.values()) == 400)
+
+
+@pytest.mark.parametrize("status", [0, 503])
+def test_what_nobody_answered_is_tried_again(proxy: Proxy, status: int) -> None:
+    """A broken connection, and the 503 of a replica that drains."""
+    bad, good = Replica(status), Replica(200)
+    proxy.routes({"c": [bad, good]}, [Way(100, "c")])
+    assert Counter(proxy.ask() for _ in range(20)) == {200: 20}
+    assert bad.asked > 0
+    assert good.asked == 20
+    assert proxy.admin.counted("c").errors == 0
+
+
+@pytest.mark.parametrize("status", [400, 422, 429, 500])
+def test_an_answer_is_an_answer(proxy: Proxy, status: int) -> None:
+    one = Replica(status)
+    proxy.routes({"c": [one, Replica(status)]}, [Way(100, "c")])
+    for _ in range(10):
+        assert proxy.ask() == status
+    until(lambda: proxy.admin.counted("c").errors == 10)
+    assert one.asked == 5
+
+
+def test_a_timeout_is_not_tried_again(proxy: Proxy) -> None:
+    slow = Replica(200, after=3)
+    proxy.routes({"c": [slow]}, [Way(100, "c")])
+    assert proxy.ask() == 504
+    assert slow.asked == 1
+    until(lambda: proxy.admin.counted("c").errors == 1)
+
+
+def test_a_replica_that_fails_again_and_again_gets_nothing_for_a_while(proxy: Proxy) -> None:
+    bad, good = Replica(0), Replica(200)
+    proxy.routes({"c": [bad, good]}, [Way(100, "c")])
+    for _ in range(60):
+        assert proxy.ask() == 200
+    asked = bad.asked
+    for _ in range(20):
+        assert proxy.ask() == 200
+    assert bad.asked == asked
