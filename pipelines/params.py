@@ -307,6 +307,42 @@ class Release(_Block):
         return self
 
 
+class Kubernetes(_Block):
+    """Replicas are the fewest and the most of a slot."""
+
+    namespace: str
+    image: str
+    gateway: str
+    replicas: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+
+
+class Sagemaker(_Block):
+    image: str
+    role: str
+    instance: str
+    replicas: Positive
+
+
+class Lambda(_Block):
+    layer: str
+    role: str
+    memory_mb: Annotated[int, Field(ge=128, le=10240)]
+
+
+class Edge(_Block):
+    folder: str
+
+
+class Targets(_Block):
+    """Where a bundle is served, one block for each target but the local one."""
+
+    store: Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]
+    kubernetes: Kubernetes
+    sagemaker: Sagemaker
+    lambda_: Annotated[Lambda, Field(alias="lambda")]
+    edge: Edge
+
+
 class Tracking(_Block):
     uri: str
     artifacts: str
@@ -377,6 +413,7 @@ class Params(_Block):
     serve: Serve
     traffic: Traffic
     release: Release
+    targets: Targets
     tracking: Tracking
     orchestrate: Orchestrate
 

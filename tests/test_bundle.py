@@ -114,8 +114,8 @@ def _sparse_file(folder: Path) -> None:
 def _swollen_table(folder: Path) -> None:
     """A small file that unfolds to a gigabyte."""
     text = pa.array(["x" * 65536]).dictionary_encode()
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), text.dictionary)
-    table = pa.table({"label": [0] * 20_000, "text": column.cast(pa.string())})
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 5_000, pa.int32()), text.dictionary)
+    table = pa.table({"label": [0] * 5_000, "text": column.cast(pa.string())})
     pq.write_table(table, folder / REFERENCE, compression="zstd", use_dictionary=False)
 
 

@@ -55,7 +55,7 @@ class Replica:
         connection.Connection.largest = connection.allow(params.max_connections)
         self.server = _Server(
             uvicorn.Config(
-                routes.build(service),
+                routes.Door(routes.build(service)),
                 host=params.host,
                 port=port,
                 http=connection.Connection,

@@ -58,9 +58,9 @@ def allow(connections: int) -> int:
     """Raise this process' limit of open files as far as needed and allowed. Returns for how many
     connections that is enough.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(now, connections + OTHER_FILES)
     if most != resource.RLIM_INFINITY:
         wanted = min(wanted, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-    return wanted - OTHER_FILES
+    return min(connections, wanted - OTHER_FILES)

@@ -94,12 +94,13 @@ def make(file: Path, name: str) -> str:
     """Add a key of that name to the file and return it."""
     if not re.fullmatch(r"[\w.@-]{1,100}", name):
         raise UserError(f"the name {name!r} has characters beyond letters, digits and .@-_")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if name in [line.partition(" ")[0] for line in lines]:
+    held = file.read_text(encoding="utf-8") if file.exists() else ""
+    if name in [line.partition(" ")[0] for line in held.splitlines()]:
         raise UserError(f"{file} has a key of the name {name}; remove its line first")
     key = secrets.token_urlsafe(32)
     file.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
+        out.write("\n" if held and not held.endswith("\n") else "")
         out.write(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
     return key
 

@@ -73,11 +73,11 @@ class Service:
         try:
             if self.keys is not None:
                 self.keys.admit(headers.get(b"authorization", b"").decode("latin-1"))
-            if "name" in request.path_params:
-                self.model(**request.path_params)
             body = await self.bodies.read(request, headers)
             begun = time.perf_counter()
-            model = self.holder.current
+            # From here on this one, whatever takes over meanwhile.
+            named = request.path_params
+            model = self.model(**named) if named else self.holder.current
             columns, given_id = read(model, body)
         except Refusal as refusal:
             self.metrics.refused(route, refusal.status)

@@ -13,7 +13,13 @@ from pipelines.errors import UserError
 from pipelines.params import Params
 
 # The word of release.target, and the module whose `target(params)` it is.
-MODULES = {"local": "pipelines.deploy.targets.local"}
+MODULES = {
+    "local": "pipelines.deploy.targets.local",
+    "kubernetes": "pipelines.deploy.targets.kubernetes",
+    "sagemaker": "pipelines.deploy.targets.sagemaker",
+    "lambda": "pipelines.deploy.targets.lambda_",
+    "edge": "pipelines.deploy.targets.edge",
+}
 Slot = Literal["champion", "challenger"]
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from pipelines import bundle, metrics, signing, stage
 from pipelines.deploy.targets import Observation, Release, Slot, answered
 from pipelines.errors import UserError
+from pipelines.params import Params
 
 RUNNER = Path(__file__).parent.parent.parent.parent / "infra" / "targets" / "edge" / "run.py"
 # The int8 network goes to devices only if it costs less than this on the bundle's reference rows.
@@ -41,6 +42,9 @@ class Edge:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def up(self) -> bool:
+        return "champion" in self._channel()["slots"]
 
     def start(self, slot: Slot, release: Release) -> None:
         def turn(now: Channel) -> None:
@@ -162,6 +166,11 @@ class Edge:
         for file in (self.folder / "files").iterdir():
             if file.name not in kept:
                 file.unlink()
+
+
+def target(params: Params) -> Edge:
+    """The channel of targets.edge.folder."""
+    return Edge(Path(params.targets.edge.folder))
 
 
 def smaller(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
