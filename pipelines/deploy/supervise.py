@@ -39,6 +39,7 @@ class Supervisor:
         self.config = folder / "envoy"
         self.admin = envoy.Admin(traffic)
         self.groups: dict[str, Group] = {}
+        # Of every group there ever was: who reads need not know which one goes.
         self.counts: dict[str, Counts] = {}
         self.pages: dict[str, dict[int, counts.Page]] = {}
         self.proxy: subprocess.Popen[bytes] | None = None
@@ -106,7 +107,7 @@ class Supervisor:
             if name in kept or self._routed(name):
                 group.settle(self.traffic.replicas, self.wanted.restarts, healthy.get(name, set()))
             elif group.stop():
-                del self.groups[name], self.counts[name]
+                del self.groups[name]
         self._publish()
 
     def _answer(self, healthy: dict[str, set[int]]) -> None:

@@ -280,6 +280,7 @@ def test_a_slow_challenger_is_found_behind_a_real_envoy(
     here: Served, held: Registry, checkout: Checkout
 ) -> None:
     """The first controller is killed as it begins; the second finds its release and ends it."""
+    checkout.set(release={"shadow_seconds": 40, "limit_seconds": 60})  # of slow looks it takes ten
     first = _controller(checkout)
     until(lambda: "challenger" in here.target.serving(), 60)
     first.send_signal(signal.SIGKILL)
