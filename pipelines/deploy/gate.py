@@ -62,9 +62,13 @@ def judge(held: Registry, params: Params, against: int | None) -> tuple[dict[str
     """The evidence, and the reasons against the bundle in models/bundle/."""
     scorer = bundle.load(bundle.FOLDER)
     other = None if against is None else _champion(held, against)
+    lacking = [] if other is None else _lacking(other)
+    if lacking:
+        other = None
     rows = test_rows(params, [one.contract for one in (scorer, other) if one is not None])
     evidence, reasons = own_verdicts(params)
     evidence["data"] = scorer.contract["data"]["features"]
+    evidence["champion_lacks"] = lacking
     evidence["cost"], dear = cost(scorer, rows, params.gate)
     reasons += dear
     if other is None:
@@ -74,6 +78,12 @@ def judge(held: Registry, params: Params, against: int | None) -> tuple[dict[str
         return evidence, [*reasons, f"version {against} was fitted on every one of the test rows"]
     found, worse = comparison.compare(_paired(new, scorer, other, params), params.gate)
     return evidence | {"comparison": found}, reasons + worse
+
+
+def _lacking(scorer: Scorer) -> list[str]:
+    """The columns that a bundle wants and the features of today lack: it can answer no more."""
+    held = pq.read_schema(tables.months(FEATURES)[-1]).names
+    return [column["name"] for column in scorer.contract["columns"] if column["name"] not in held]
 
 
 def _champion(held: Registry, version: int) -> Scorer:
@@ -156,9 +166,11 @@ def _paired(rows: pa.Table, scorer: Scorer, other: Scorer, params: Params) -> co
 
 
 def _praise(evidence: dict[str, Any]) -> str:
-    found = evidence.get("comparison")
-    if found is None:
+    if lacking := evidence["champion_lacks"]:
+        return f"every check of its run passed; the champion wants {lacking[0]}, a feature no more"
+    if "comparison" not in evidence:
         return "every check of its run passed, and there is no other champion"
+    found = evidence["comparison"]
     gap = found["log_loss"]
     return (
         f"log loss {gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f}) against the "

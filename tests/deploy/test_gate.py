@@ -105,6 +105,16 @@ def test_rows_that_the_champion_was_fitted_on_prove_nothing(judged: Checkout) ->
         gate.run(judged.params())
 
 
+def test_a_champion_of_features_that_are_gone_is_no_rival(judged: Checkout) -> None:
+    table = tables.read(gate.FEATURES)
+    renamed = ["z" if name == "x" else name for name in table.schema.names]
+    tables.write(table.rename_columns(renamed), gate.FEATURES / "2013-05.parquet")
+    make_bundle(column="z")
+    register.run(judged.params())
+    gate.run(judged.params())
+    assert "the champion wants x, a feature no more" in _tags(judged, 2)["gate_reason"]
+
+
 def test_a_damaged_champion_is_one_line(judged: Checkout) -> None:
     make_bundle(shift=0.01)
     register.run(judged.params())

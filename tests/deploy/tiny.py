@@ -10,14 +10,18 @@ from pipelines import bundle, stage, tables
 
 
 def make_bundle(
-    shift: float = 0.0, passed: bool = True, slope: float = 1.0, as_of: str = "2013-06-01T00:00:00Z"
+    shift: float = 0.0,
+    passed: bool = True,
+    slope: float = 1.0,
+    as_of: str = "2013-06-01T00:00:00Z",
+    column: str = "x",
 ) -> str:
-    """Answers 1 / (1 + exp(-(slope x + shift))). Returns its hash."""
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
+    """Answers 1 / (1 + exp(-(slope x + shift))) of one column. Returns its hash."""
+    value = helper.make_tensor_value_info(column, TensorProto.FLOAT, ["rows"])
     answer = helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["rows"])
     graph = helper.make_graph(
         [
-            helper.make_node("Mul", ["x", "slope"], ["scaled"]),
+            helper.make_node("Mul", [column, "slope"], ["scaled"]),
             helper.make_node("Add", ["scaled", "shift"], ["odds"]),
             helper.make_node("Sigmoid", ["odds"], ["probability"]),
         ],
@@ -34,13 +38,13 @@ def make_bundle(
     onnx.save(model, bundle.FOLDER / bundle.MODEL)
     contract = {
         "as_of": as_of, "passed": passed, "metrics": {"auc": 0.7},
-        "columns": [{"name": "x", "type": "float32"}],
+        "columns": [{"name": column, "type": "float32"}],
         "dataset": "flights", "label": "label", "threshold": 0.5,
         "data": {"features": "none", "fit": "none"},
         "params": {"featurize": {"test_days": 30}},
     }  # fmt: skip
     stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
-    tables.write(pa.table({"x": [0.5], "label": [1]}), bundle.FOLDER / bundle.REFERENCE)
+    tables.write(pa.table({column: [0.5], "label": [1]}), bundle.FOLDER / bundle.REFERENCE)
     Path("models/fit").mkdir(exist_ok=True)
     Path("models/fit/weights").write_text("w")
     return stage.digest(bundle.FOLDER)
