@@ -3,26 +3,19 @@
 import sys
 from pathlib import Path
 
-from fastapi import FastAPI
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from deploy import faults
 
 from pipelines.deploy.serve import __main__ as replica
 from pipelines.deploy.serve import routes
-from pipelines.deploy.serve.service import Service
 
 
 def main() -> None:
-    build = routes.build
+    door = routes.Door
     fault = faults.of(sys.argv[sys.argv.index("--digest") + 1])
-
-    def built(service: Service) -> FastAPI:
-        return faults.around(build(service), fault)  # type: ignore[return-value, arg-type]
-
     if fault:
-        routes.build = built
+        routes.Door = lambda app: faults.around(door(app), fault)  # type: ignore[assignment, misc]
     replica.main()
 
 
