@@ -54,7 +54,7 @@ def test_from_the_form_to_the_log_and_the_asset(airflow: Airflow, page: Page) ->
 
     page.goto(f"{airflow.url}/dags/retrain")
     page.get_by_role("button", name="Trigger").first.click()
-    page.fill("#element_as_of", "2013-04-01")
+    page.fill("#element_as_of", "2013-05-01")
     page.fill("input[name=element_max_epochs]", "1")
     page.fill("#element_reason", "asked on the page")
     _shot(page, "2-form")
@@ -67,7 +67,7 @@ def test_from_the_form_to_the_log_and_the_asset(airflow: Airflow, page: Page) ->
         if run["conf"].get("reason") == "asked on the page"
     )
     assert asked["conf"] == {
-        "as_of": "2013-04-01", "max_epochs": 1, "reason": "asked on the page", "force": False,
+        "as_of": "2013-05-01", "max_epochs": 1, "reason": "asked on the page", "force": False,
     }  # fmt: skip
     run = asked["dag_run_id"]
     assert airflow.wait("retrain", run) == GREEN, airflow.tasks("retrain", run)

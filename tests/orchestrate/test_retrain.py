@@ -178,7 +178,7 @@ def _set_approval(airflow: Airflow, asked: bool) -> None:
 def test_a_person_decides_where_that_is_asked(asking: Airflow) -> None:
     for verdict, state in (("Reject", RED), ("Approve", GREEN)):
         run = verdict.lower()
-        asking.trigger("retrain", run, as_of="2013-06-01", max_epochs=4)
+        asking.trigger("retrain", run, as_of="2013-06-01", max_epochs=2)
         while asking.tasks("retrain", run).get("ask", {}).get("state") != "awaiting_input":
             assert asking.state("retrain", run) not in (RED, GREEN), asking.tasks("retrain", run)
             time.sleep(0.5)
