@@ -55,3 +55,28 @@ def observation(found: list[dict[str, Any]], restarts: int = 0) -> Observation |
         memory_bytes=max(note["memory_bytes"] for note in found),
         restarts=restarts,
     )
+
+
+class Log:
+    """The lines of one group of CloudWatch's logs, read on from where the last look ended."""
+
+    def __init__(self, client: Any, group: str) -> None:
+        self.client, self.group = client, group
+        self.held: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+
+    def notes(self, digest: str, since: int) -> list[dict[str, Any]]:
+        """Every line of the bundle since a moment in milliseconds. Lines come late and out of
+        order: the last minute is read anew.
+        """
+        events = self.held.setdefault((digest, since), {})
+        newest = max((event["timestamp"] for event in events.values()), default=0)
+        pages = self.client.get_paginator("filter_log_events").paginate(
+            logGroupName=self.group,
+            startTime=max(since, newest - 60_000),
+            filterPattern=f'"{digest}"',
+        )
+        try:
+            events.update((event["eventId"], event) for page in pages for event in page["events"])
+        except self.client.exceptions.ResourceNotFoundException:
+            return []  # nothing was ever answered
+        return notes((event["message"] for event in events.values()), digest)
