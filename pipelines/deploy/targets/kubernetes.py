@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.deploy.targets import Observation, Release, Slot, scraped, store
+from pipelines.deploy.targets import Observation, Release, Slot, contained, scraped, store
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -59,7 +59,7 @@ class Kubernetes:
                 raise UserError("there is no champion to start a challenger beside")
             track = OTHER[champion]
         store.put(self.params.targets.store, release)
-        settings = yaml.safe_dump(_settings(self.params), sort_keys=False)
+        settings = contained.settings(self.params)
         words = {
             "track": track,
             "slot": slot,
@@ -252,15 +252,6 @@ def target(params: Params) -> Kubernetes:
 
     config.load_config()
     return Kubernetes(params, client.ApiClient())
-
-
-def _settings(params: Params) -> Object:
-    """params.yaml for a pod: as it is, but reachable from outside the pod."""
-    values = params.model_dump(mode="json", by_alias=True)
-    values["serve"] |= {"host": "0.0.0.0"}
-    if params.serve.keys is not None:
-        values["serve"] |= {"keys": "/etc/headrace/keys"}
-    return values
 
 
 def _started(deployment: Object) -> str:

@@ -62,7 +62,7 @@ class Lambda:
         if found.get("State", "Active") != "Active":
             return False
         answer = self.client.invoke(
-            FunctionName=self.name, Qualifier=version, Payload=b'{"ready": true}'
+            FunctionName=f"{self.name}:{version}", Payload=b'{"ready": true}'
         )
         said = json.loads(answer["Payload"].read())
         return isinstance(said, dict) and said.get("bundle") == self._digest(version)

@@ -38,9 +38,8 @@ class Processes:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[str]] = {}
 
-    def invoke(
-        self, backend: Any, name: str, qualifier: str | None, body: Any, *_: Any
-    ) -> bytes:
+    def invoke(self, backend: Any, name: str, _: str | None, body: Any, *__: Any) -> bytes:
+        name, _, qualifier = name.partition(":")  # moto does not read boto3's Qualifier
         alias = backend._lambdas._get_function_aliases(name).get(qualifier)
         if alias is not None:
             weights = (alias.routing_config or {}).get("AdditionalVersionWeights", {})
@@ -132,7 +131,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Release]:
 
 def invoked(event: dict[str, Any], alias: str = "live") -> Any:
     answer = boto3.client("lambda").invoke(
-        FunctionName="headrace-flights", Qualifier=alias, Payload=json.dumps(event)
+        FunctionName=f"headrace-flights:{alias}", Payload=json.dumps(event)
     )
     return json.loads(answer["Payload"].read())
 
@@ -144,9 +143,7 @@ class TestLambda(Compliance):
         event = json.dumps({"body": json.dumps(RECORD)})
 
         def one() -> str:
-            answer = client.invoke(
-                FunctionName="headrace-flights", Qualifier="live", Payload=event
-            )
+            answer = client.invoke(FunctionName="headrace-flights:live", Payload=event)
             return str(json.loads(answer["Payload"].read())["headers"]["x-bundle"])
 
         return Place(target, *releases, lambda times: Counter(one() for _ in range(times)))

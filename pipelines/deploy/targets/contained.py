@@ -1,0 +1,16 @@
+"""params.yaml for a container: as it is, but for where a service listens and where keys lie."""
+
+import yaml
+
+from pipelines.params import Params
+
+KEYS = "/etc/headrace/keys"
+
+
+def settings(params: Params) -> str:
+    """The text of the file."""
+    values = params.model_dump(mode="json", by_alias=True)
+    values["serve"] |= {"host": "0.0.0.0"}
+    if params.serve.keys is not None:
+        values["serve"] |= {"keys": KEYS}
+    return yaml.safe_dump(values, sort_keys=False)
