@@ -62,6 +62,8 @@ def read(event):
     if "body" in event:
         text = event["body"] or "{}"
         body = json.loads(base64.b64decode(text) if event.get("isBase64Encoded") else text)
+    if not isinstance(body, dict):
+        raise ValueError("expected an object: a record, or records")
     records = body.get("records", [body])
     if not isinstance(records, list) or not records:
         raise ValueError("records: expected a list of at least one record")

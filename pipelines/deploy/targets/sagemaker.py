@@ -74,8 +74,8 @@ class Sagemaker:
         now = self._variants()
         if "challenger" in now:
             model = now["challenger"]["ModelName"]
+            # The old model stays: the alarm may yet bring it back.
             self._update({"champion": self._variant("champion", model, 1.0)}, canary=True)
-            self._delete_model(now["champion"]["ModelName"])
 
     def roll_back(self) -> None:
         """Callers are back with the champion at once; the challenger's machines go after."""
@@ -84,7 +84,6 @@ class Sagemaker:
             if not self._mirrored():
                 self._weigh({"champion": 100.0, "challenger": 0.0})
             self._update({"champion": now["champion"]})
-            self._delete_model(now["challenger"]["ModelName"])
 
     def serving(self) -> dict[Slot, str]:
         return {
@@ -103,8 +102,9 @@ class Sagemaker:
         return seen
 
     def _model(self, name: str, release: Release) -> None:
-        """A model is never changed: one of the same name that a killed start left begins anew."""
-        self._delete_model(name)
+        """A model of that name, from an earlier time in a slot, gives way: a slot begins anew."""
+        if self._there("Model", name):
+            self.client.delete_model(ModelName=name)
         source = {
             "S3Uri": store.put(self.params.targets.store, release),
             "S3DataType": "S3Prefix",
@@ -213,10 +213,6 @@ class Sagemaker:
         found = self.client.describe_model(ModelName=model)
         digest = found["PrimaryContainer"]["Environment"]["HEADRACE_DIGEST"]
         return {"digest": digest, "since": int(found["CreationTime"].timestamp() * 1000)}
-
-    def _delete_model(self, name: str) -> None:
-        if self._there("Model", name):
-            self.client.delete_model(ModelName=name)
 
     def _there(self, kind: str, name: str) -> dict[str, Any] | None:
         """SageMaker says of what is not there that the request was not valid."""

@@ -36,7 +36,7 @@ from pipelines.deploy.targets.sagemaker import SETTINGS, Sagemaker
 from pipelines.errors import UserError
 from pipelines.params import Params
 
-UPDATES: list[dict[str, Any]] = []
+UPDATES: list[Any] = []  # the DeploymentConfig of each
 
 
 def _update_endpoint(self: SageMakerResponse) -> ActionResult:
@@ -44,9 +44,7 @@ def _update_endpoint(self: SageMakerResponse) -> ActionResult:
     backend = self.sagemaker_backend
     endpoint = backend.endpoints[self._get_param("EndpointName")]
     config = backend.endpoint_configs[self._get_param("EndpointConfigName")]
-    UPDATES.append(
-        {"config": config.endpoint_config_name, "deployment": self._get_param("DeploymentConfig")}
-    )
+    UPDATES.append(self._get_param("DeploymentConfig"))
     _adopt(endpoint, config)
     return ActionResult({"EndpointArn": endpoint.arn})
 
@@ -118,7 +116,7 @@ def test_a_shadow_is_a_shadow_variant_until_there_is_a_share(both: Sagemaker) ->
 
 def test_another_champion_comes_by_a_canary_that_the_alarm_takes_back(both: Sagemaker) -> None:
     both.switch()
-    deployment = UPDATES[-1]["deployment"]
+    deployment = UPDATES[-1]
     routing = deployment["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
     assert routing["Type"] == "CANARY"
     (named,) = deployment["AutoRollbackConfiguration"]["Alarms"]
@@ -201,12 +199,9 @@ def container(releases: list[Release], tmp_path: Path) -> Iterator[tuple[str, Pa
         "SAGEMAKER_BIND_TO_PORT": str(port),
     }
     with log.open("w") as out:
+        command = [sys.executable, SETTINGS / "serve"]
         process = subprocess.Popen(
-            [sys.executable, SETTINGS / "serve"],
-            cwd=ROOT,
-            env=env,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.DEVNULL
         )
         url = f"http://127.0.0.1:{port}"
         end = time.monotonic() + 30
