@@ -287,7 +287,7 @@ class Release(_Block):
 
     target: str
     approval: bool
-    shadow_seconds: Positive
+    shadow_seconds: Annotated[int, Field(ge=0)]
     steps: Annotated[list[Annotated[int, Field(gt=0, le=100)]], Field(min_length=1)]
     step_seconds: Positive
     step_requests: Positive

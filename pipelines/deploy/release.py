@@ -107,6 +107,8 @@ class Controller:
 
     def _challenger(self, shadow: bool) -> int | None:
         """None where there is none: the release was told twice, or the champion has no rival."""
+        if shadow and not self.limits.shadow_seconds:
+            raise UserError("release.shadow_seconds is 0; expected more for --shadow")
         version = self.held.aliases().get(CHALLENGER)
         if version is not None and not shadow:
             approval.refuse_without(self.held, self.params, version)
@@ -167,7 +169,7 @@ class Controller:
 
     def _steps(self, found: Trail) -> Iterator[tuple[int, int]]:
         """Shares and seconds that are still to come. The first share is none: a shadow."""
-        steps = [(0, self.limits.shadow_seconds)]
+        steps = [(0, self.limits.shadow_seconds)] if self.limits.shadow_seconds else []
         if not found.begun["shadow"]:
             steps += [(percent, self.limits.step_seconds) for percent in self.limits.steps]
         return (step for step in steps if step[0] not in found.good)
@@ -176,7 +178,7 @@ class Controller:
         begun, answers = time.monotonic(), 0
         while True:
             # Said at every look: it holds only as long as somebody says it.
-            self.target.shift(percent, shadow=True)
+            self.target.shift(percent, shadow=self.limits.shadow_seconds > 0)
             time.sleep(INTERVAL)
             seen = self.target.observe()
             if self.case is None:

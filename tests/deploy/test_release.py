@@ -37,7 +37,7 @@ class Pretended:
         self.slots: dict[Slot, str] = {}
         self.percent, self.calls = 0, list[str]()
         self.seen: dict[Slot, Observation] = {}
-        self.awake = True
+        self.awake, self.shadowed = True, False
 
     def up(self) -> bool:
         return self.awake
@@ -55,6 +55,7 @@ class Pretended:
     def shift(self, percent: int, shadow: bool = False) -> None:
         self._called(f"shift {percent}")
         self.percent = percent
+        self.shadowed |= shadow
 
     def switch(self) -> None:
         self._called("switch")
@@ -155,6 +156,19 @@ def test_a_shadow_is_judged_and_nobody_sees_it(held: Registry, checkout: Checkou
     assert (_champion(held), list(target.slots)) == (1, ["champion"])
     assert {call for call in target.calls if call.startswith("shift")} == {"shift 0"}
     assert _events(held) == ["begun", "good", "shadowed"]
+
+
+def test_a_target_that_copies_no_request_releases_without_a_shadow(
+    held: Registry, checkout: Checkout
+) -> None:
+    checkout.set(release={"shadow_seconds": 0})
+    target = Pretended()
+    with pytest.raises(UserError, match="shadow_seconds is 0; expected more for --shadow"):
+        release.run(checkout.params(), target, shadow=True)
+    release.run(checkout.params(), target)
+    assert _champion(held) == 2
+    assert "shift 0" not in target.calls
+    assert target.shadowed is False
 
 
 @pytest.mark.parametrize("breaks", ["start challenger", "shift 0", "shift 20", "shift 100"])
