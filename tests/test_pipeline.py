@@ -47,7 +47,7 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     first = small.run("pipelines.run")
     assert first.status == 0, first
     for said in ("in quarantine", "gradient boosting", "calibration error", "drift ",
-                 "flights version 1, challenger", "peak MB", "engine-flights.html",
+                 "flights version 1, no alias", "peak MB", "engine-flights.html",
                  "mlflow server"):  # fmt: skip
         assert said in first.out
     assert "Traceback" not in first.out + first.err
@@ -58,7 +58,7 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     second = small.run("pipelines.run")
     assert second.status == 0, second
     assert "Nothing changed, nothing ran" in second.out
-    assert "flights version 1, approved and challenger" in second.out
+    assert "flights version 1, approved" in second.out
     assert "is not of this run" not in second.out
     assert (small.folder / "dvc.lock").read_bytes() == lock
 
