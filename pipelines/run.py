@@ -6,13 +6,12 @@ run:  make run
 """
 
 import argparse
-import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ STAGES = (
     "register",
 )
 REPORTS = Path("reports")
+PATIENCE = 5  # seconds that an interrupted stage gets to end
 
 
 def main() -> int:
@@ -48,7 +48,8 @@ def main() -> int:
     started = time.time()
     try:
         params = parameters.load()
-        with alone():
+        busy = f"another run is at work in {Path.cwd()}; start again when it has ended"
+        with stage.alone(stage.STATE / "run.lock", busy):
             run(params, started)
     except UserError as error:
         print(f"run: error: {error}", file=sys.stderr)
@@ -60,20 +61,6 @@ def main() -> int:
         print("run: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Hold the checkout. Raises UserError where another run holds it."""
-    stage.STATE.mkdir(exist_ok=True)
-    with (stage.STATE / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is at work in {Path.cwd()}; start again when it has ended"
-            ) from None
-        yield
 
 
 def run(params: Params, started: float) -> None:
@@ -102,10 +89,25 @@ def _call(command: list[str]) -> None:
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reached it too: it ends by itself, and its stage cleans up
+            _end(process)
             raise
     if status:
         raise subprocess.CalledProcessError(status, command)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C reached it too: it ends by itself, and its stage cleans up. But DVC is deaf while a
+    stage runs, and a stage between two others hears nothing: then all of them are told again.
+    """
+    import psutil
+
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+            return
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                one.send_signal(signal.SIGINT)
 
 
 def usage(since: float) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ Exit status: 0 done, 1 a fault of the system, 2 a mistake of the user (bad data,
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -120,6 +121,20 @@ def lives(process: str) -> bool:
         return bool(same and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+@contextmanager
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold the lock file until the block ends. Raises UserError that says `otherwise` where another
+    process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(otherwise) from None
+        yield
 
 
 def search_path() -> str:

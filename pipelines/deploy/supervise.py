@@ -7,7 +7,6 @@ Everything that must survive lies in the two files: killed in any moment, it lea
 behind, and started again it goes on from what should be.
 """
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -17,13 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pipelines import stage
 from pipelines.deploy import counts, envoy, serving
 from pipelines.deploy.counts import Counts
 from pipelines.deploy.envoy import Way
 from pipelines.deploy.replicas import Group
 from pipelines.deploy.serving import Desired, Serving, Started, Status
 from pipelines.deploy.targets import Slot
-from pipelines.errors import UserError
 from pipelines.params import Traffic
 
 TICK = 0.1  # seconds
@@ -51,12 +50,8 @@ class Supervisor:
 
     def run(self) -> None:
         """Until `over` is set. Raises UserError where another supervisor serves this folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "supervisor.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder} is served by another supervisor") from None
+        busy = f"{self.folder} is served by another supervisor"
+        with stage.alone(self.folder / "supervisor.lock", busy):
             bootstrap = envoy.prepare(self.config, self.traffic)
             envoy.validate(bootstrap)
             watching = threading.Thread(target=self._watch, daemon=True)

@@ -7,7 +7,6 @@ run:  make airflow
 AIRFLOW_PORT and MLFLOW_PORT choose other ports than 8080 and 5000.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -190,7 +189,8 @@ def main() -> int:
     home = Path.cwd()
     try:
         params = parameters.load()
-        with _alone(home):
+        busy = f"another make airflow serves {home}"
+        with stage.alone(home / stage.STATE / "airflow" / "lock", busy):
             _serve(home, params)
     except UserError as error:
         print(f"airflow: error: {error}", file=sys.stderr)
@@ -210,19 +210,6 @@ def _interrupted(*_: object) -> None:
     with suppress(OSError):  # a terminal that was closed
         print("\nairflow: stopping; a task at work gets a moment to end", flush=True)
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Hold Airflow's database of this checkout. Raises UserError where another holds it."""
-    lock = home / stage.STATE / "airflow" / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another make airflow serves {home}") from None
-        yield
 
 
 def _serve(home: Path, params: parameters.Params) -> None:
@@ -248,11 +235,10 @@ def _serve(home: Path, params: parameters.Params) -> None:
             f"  logs      {state}\n\n  Ctrl-C stops all of it.",
             flush=True,
         )
-        if mlflow is None:
-            threading.Event().wait()
-        else:
-            mlflow.wait()
-            raise UserError(f"MLflow ended by itself; see {state / 'mlflow.log'}")
+        # In steps: a signal that comes just before a wait without end would not be heard.
+        while mlflow is None or mlflow.poll() is None:
+            time.sleep(0.5)
+        raise UserError(f"MLflow ended by itself; see {state / 'mlflow.log'}")
 
 
 @contextmanager

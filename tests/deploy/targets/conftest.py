@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import boto3
 import pytest
 import requests
+from deploy.targets import bundles
 from moto.server import ThreadedMotoServer
+
+from pipelines.deploy.targets import Release
 
 REGION = "us-east-1"
 
@@ -43,3 +46,10 @@ def store(aws: str) -> str:
     """An empty bucket for bundles."""
     boto3.client("s3").create_bucket(Bucket="headrace")
     return "s3://headrace/bundles"
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Release]:
+    """Versions 1 and 2, which no test changes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return [bundles.release(folder, version) for version in (1, 2)]

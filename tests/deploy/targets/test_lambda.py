@@ -17,7 +17,6 @@ from typing import Any
 import boto3
 import pyarrow as pa
 import pytest
-from deploy.targets import bundles
 from deploy.targets.compliance import Compliance, Place
 from moto.awslambda_simple.models import LambdaSimpleBackend
 
@@ -121,12 +120,6 @@ def target(aws: str, processes: Processes, params: Params) -> Lambda:
     place = params.targets.lambda_.model_copy(update={"role": role, "layer": layer})
     targets = params.targets.model_copy(update={"lambda_": place})
     return Lambda(params.model_copy(update={"targets": targets}))
-
-
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Release]:
-    folder = tmp_path_factory.mktemp("bundles")
-    return [bundles.release(folder, version) for version in (1, 2)]
 
 
 def invoked(event: dict[str, Any], alias: str = "live") -> Any:

@@ -22,7 +22,6 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 from botocore.validate import ParamValidator
-from deploy.targets import bundles
 from deploy.targets.compliance import Compliance, Place
 from moto.core.responses import ActionResult
 from moto.sagemaker.models import FakeEndpoint
@@ -71,12 +70,6 @@ def target(store: str, params: Params, monkeypatch: pytest.MonkeyPatch) -> Sagem
     monkeypatch.setattr(SageMakerResponse, "update_endpoint", _update_endpoint, raising=False)
     targets = params.targets.model_copy(update={"store": store})
     return Sagemaker(params.model_copy(update={"targets": targets}))
-
-
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Release]:
-    folder = tmp_path_factory.mktemp("bundles")
-    return [bundles.release(folder, version) for version in (1, 2)]
 
 
 class TestSagemaker(Compliance):
