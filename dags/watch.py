@@ -7,7 +7,8 @@ labels and performance against what the champion knew. Where the verdict is drif
 
 **Who starts it.** The schedule. It is paused until a person switches it on. To catch up:
 `airflow backfill create --dag-id watch --from-date 2013-02-01 --to-date 2013-07-01`; months run
-side by side, and what was computed before is not computed again.
+side by side, and what was computed before is not computed again. Airflow's own database must be
+PostgreSQL for that: on SQLite it loses runs (docs/decisions/0014-backfills-on-postgresql.md).
 
 **When it is red.** The last line of the task's log says what is wrong; the table of `retrain` holds
 here too. `champion: error: … has no champion` means that no version was registered that passed:

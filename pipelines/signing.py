@@ -2,6 +2,8 @@
 
 The private key is the file that HEADRACE_SIGNING_KEY names, `.state/keys/signing.pem` by default,
 made on first use; the public key lies beside it and is all that a machine which serves needs.
+Where several machines sign and check, all are given one key: the variable may hold the PEM itself,
+of the private key or of the public one.
 
 A signature says that a version was once made, not that it is still wanted: an older one stays
 valid. Whoever loads a bundle states the smallest version that it accepts.
@@ -21,7 +23,10 @@ from pipelines.errors import UserError
 from pipelines.stage import STATE
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
 
 VARIABLE = "HEADRACE_SIGNING_KEY"
 
@@ -33,22 +38,14 @@ def sign(statement: Mapping[str, Any]) -> str:
 
 def check(statement: Mapping[str, Any], signature: str, at_least: int = 0) -> None:
     """Raise UserError unless the statement was signed and is of no version below `at_least`."""
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from cryptography.exceptions import InvalidSignature
 
     name = f"{statement['model']} version {statement['version']}"
-    file = _file().with_suffix(".pub")
     try:
-        key = load_pem_public_key(file.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm):
-        raise UserError(f"{file}: no public key; expected Ed25519 in PEM") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"{file}: another kind of key; expected Ed25519 in PEM")
-    try:
-        key.verify(base64.b64decode(signature, validate=True), _canonical(statement))
+        _public().verify(base64.b64decode(signature, validate=True), _canonical(statement))
     except (InvalidSignature, binascii.Error, TypeError, ValueError):
-        raise UserError(f"{name}: its signature is not of {file}") from None
+        key = VARIABLE if _given() else _file().with_suffix(".pub")
+        raise UserError(f"{name}: its signature is not of {key}") from None
     if statement["version"] < at_least:
         raise UserError(f"{name} is older than the smallest accepted, {at_least}")
 
@@ -58,17 +55,42 @@ def _canonical(statement: Mapping[str, Any]) -> bytes:
     return text.encode()
 
 
+def _given() -> bytes | None:
+    """The PEM that the environment holds itself."""
+    value = os.environ.get(VARIABLE, "")
+    return value.encode() if value.startswith("-----BEGIN") else None
+
+
 def _file() -> Path:
     return Path(os.environ.get(VARIABLE, STATE / "keys" / "signing.pem"))
 
 
+def _public() -> "Ed25519PublicKey":
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    given = _given()
+    if given is not None and b"PRIVATE KEY" in given:
+        return _private().public_key()
+    file: str | Path = VARIABLE if given else _file().with_suffix(".pub")
+    try:
+        key = load_pem_public_key(given or Path(file).read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        raise UserError(f"{file}: no public key; expected Ed25519 in PEM") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise UserError(f"{file}: another kind of key; expected Ed25519 in PEM")
+    return key
+
+
 def _private() -> "Ed25519PrivateKey":
-    """The private key, made where there is none, with the public one beside it."""
+    """The private key; a file of it is made where there is none, with the public one beside it."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    file = _file()
-    if not file.exists():
+    given, file = _given(), _file()
+    if given is None and not file.exists():
         made = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -76,20 +98,31 @@ def _private() -> "Ed25519PrivateKey":
         )
         with suppress(FileExistsError):  # another process was first: its key counts
             _write_new(file, made, 0o600)
+    name = VARIABLE if given else file
     try:
-        key = serialization.load_pem_private_key(file.read_bytes(), None)
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{file}: no private key; expected Ed25519 in PEM, not encrypted") from None
+        key = serialization.load_pem_private_key(given or file.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        raise UserError(f"{name}: no private key; expected Ed25519 in PEM, not encrypted") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{file}: another kind of key; expected Ed25519 in PEM")
-    public = file.with_suffix(".pub")
-    if not public.exists():
-        held = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        raise UserError(f"{name}: another kind of key; expected Ed25519 in PEM")
+    beside = file.with_suffix(".pub")
+    if given is None and not beside.exists():
         with suppress(FileExistsError):
-            _write_new(public, held, 0o644)
+            _write_new(beside, _pem(key.public_key()), 0o644)
     return key
+
+
+def _pem(key: "Ed25519PublicKey") -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def public() -> bytes:
+    """The public key as PEM, which a machine that serves is given."""
+    return _pem(_private().public_key())
 
 
 def _write_new(file: Path, content: bytes, mode: int) -> None:
@@ -104,9 +137,3 @@ def _write_new(file: Path, content: bytes, mode: int) -> None:
         os.link(beside, file)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def public() -> Path:
-    """The file of the public key, which a machine that serves is given."""
-    _private()
-    return _file().with_suffix(".pub")

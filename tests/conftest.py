@@ -19,6 +19,13 @@ TRACKED = (
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, which wait for other processes much of their time: so no process is left
+    alone with them at the end.
+    """
+    items.sort(key=lambda item: "airflow" not in item.keywords)
+
+
 class _ByFolder(LoadScopeScheduling):
     """The tests of one folder run in one process: they share what they start, such as Airflow."""
 
@@ -36,6 +43,10 @@ def _quiet_and_offline() -> None:
     # What Python leaves beside its sources must change nothing.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "RUST_LOG": "error"}
+    # Threads that wait must not spin on the cores that other tests need.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # A JVM that lives for seconds gains nothing from its second compiler.
+    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,20 @@ def test_whoever_checks_needs_only_the_public_key(key: Path) -> None:
         signing.check(STATEMENT, signature)
 
 
+def test_the_environment_may_hold_the_key_itself(
+    key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature, public = signing.sign(STATEMENT), signing.public().decode()
+    for pem in (key.read_text(), public):
+        monkeypatch.setenv(signing.VARIABLE, pem)
+        signing.check(STATEMENT, signature)
+    with pytest.raises(UserError, match="HEADRACE_SIGNING_KEY: no private key"):
+        signing.sign(STATEMENT)
+    monkeypatch.setenv(signing.VARIABLE, "-----BEGIN nothing")
+    with pytest.raises(UserError, match="HEADRACE_SIGNING_KEY: no public key"):
+        signing.check(STATEMENT, signature)
+
+
 def test_many_that_sign_for_the_first_time_agree_on_one_key() -> None:
     code = f"from pipelines import signing; print(signing.sign({STATEMENT!r}))"
     both = [

@@ -9,7 +9,7 @@ run:  python -m pipelines.deploy.champion
 import shutil
 from pathlib import Path
 
-from pipelines import bundle, stage
+from pipelines import bundle, signing, stage
 from pipelines.deploy import promotion, registry
 from pipelines.deploy.registry import CHAMPION, Registry
 from pipelines.errors import UserError
@@ -35,11 +35,17 @@ def run(params: Params) -> None:
 def bring(held: Registry, version: int, folder: Path) -> None:
     """Copy the bundle of a version into `folder`, which is empty.
 
-    Raises UserError where it is not the bundle that the version names.
+    Raises UserError where it is not the bundle that was signed as this version.
     """
     import mlflow
 
-    wanted = str(held.version(version).tags["bundle"])
+    tags = held.version(version).tags
+    wanted = str(tags["bundle"])
+    if "signature" not in tags:
+        raise UserError(
+            f"{held.model} version {version} is not signed; register signs what it makes"
+        )
+    signing.check(held.statement(version, wanted), tags["signature"])
     with stage.scratch("champion") as scratch:
         mlflow.artifacts.download_artifacts(
             artifact_uri=f"models:/{held.model}/{version}", dst_path=str(scratch)

@@ -1,8 +1,8 @@
 """register: the bundle becomes a version in MLflow. An effect: told twice, it acts once.
 
 in:   models/bundle/, reports/
-out:  a version of the model <dataset.name> with the bundle's hash as a tag; the first that passed
-      its evaluation becomes champion, a later one that passed challenger;
+out:  a version of the model <dataset.name> with the bundle's hash as a tag, signed;
+      the first that passed its evaluation becomes champion, a later one that passed challenger;
       reports/register/record.json
 run:  python -m pipelines.deploy.register
 """
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import bundle, stage, tracking
+from pipelines import bundle, signing, stage, tracking
 from pipelines.deploy import promotion, registry
 from pipelines.deploy.registry import CHALLENGER, ConflictError, Registry
 from pipelines.errors import naming
@@ -36,6 +36,8 @@ def run(params: Params) -> None:
             version = create(held, tracking.client(params)[1], digest, contract)
     drop_younger(held, digest, version)
     number = int(version.version)
+    if "signature" not in version.tags:
+        held.tag(number, {"signature": signing.sign(held.statement(number, digest))})
     if contract["passed"]:
         settle(held, number)
     aliases = held.aliases_of(number)

@@ -78,6 +78,10 @@ class Registry:
         for name, value in tags.items():
             self.store.set_model_version_tag(self.model, str(number), name, value)
 
+    def statement(self, number: int, digest: str) -> dict[str, object]:
+        """What a signature says of a version: that its bundle is this one."""
+        return {"model": self.model, "version": number, "bundle": digest}
+
     def aliases(self) -> dict[str, int]:
         """The version by alias, as MLflow has it now."""
         held = dict(self.store.get_registered_model(self.model).aliases)

@@ -4,7 +4,9 @@ in:   dags/, infra/airflow/airflow.cfg, params.yaml
 out:  .state/airflow/ (SQLite, logs, password), .state/mlflow/
 run:  make airflow
 
-AIRFLOW_PORT and MLFLOW_PORT choose other ports than 8080 and 5000.
+AIRFLOW_PORT and MLFLOW_PORT choose other ports than 8080 and 5000. Airflow's own database is SQLite
+unless AIRFLOW__DATABASE__SQL_ALCHEMY_CONN names another: a backfill needs PostgreSQL, see
+docs/decisions/0014-backfills-on-postgresql.md.
 """
 
 import json
@@ -29,6 +31,7 @@ from pipelines.errors import UserError
 
 USER = "admin"
 PATIENCE = 180  # seconds until Airflow has to answer
+DATABASE = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,7 +47,7 @@ def environment(home: Path, port: int) -> dict[str, str]:
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": state / "passwords.json",
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{state}/airflow.db",
+        DATABASE: os.environ.get(DATABASE) or f"sqlite:///{state}/airflow.db",
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": state / "logs",
         "AIRFLOW__API__HOST": "127.0.0.1",
         "AIRFLOW__API__PORT": port,

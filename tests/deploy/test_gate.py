@@ -10,7 +10,7 @@ from deploy.tiny import make_bundle
 from world import Checkout
 
 from pipelines import stage, tables, tracking
-from pipelines.deploy import gate, register
+from pipelines.deploy import gate, register, registry
 from pipelines.errors import UserError
 
 ROWS = 3000
@@ -121,4 +121,17 @@ def test_a_damaged_champion_is_one_line(judged: Checkout) -> None:
     for kept in judged.folder.glob(".state/mlflow/**/extra_files/model.onnx"):
         kept.write_bytes(kept.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="flights version 1 is damaged: its bundle is "):
+        gate.run(judged.params())
+
+
+def test_a_champion_that_another_key_signed_is_not_opened(judged: Checkout) -> None:
+    """Who can write to the registry can give a version another bundle, and the tag that fits."""
+    make_bundle(shift=0.01)
+    register.run(judged.params())
+    held = registry.of(judged.params())
+    held.tag(1, {"bundle": "ab" * 32})
+    with pytest.raises(UserError, match="flights version 1: its signature is not of"):
+        gate.run(judged.params())
+    held.store.delete_model_version_tag("flights", "1", "signature")
+    with pytest.raises(UserError, match="flights version 1 is not signed"):
         gate.run(judged.params())

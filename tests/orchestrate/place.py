@@ -148,7 +148,7 @@ class Airflow:
         while time.monotonic() < end:
             if (state := self.state(dag, run)) in (RED, GREEN):
                 return state
-            time.sleep(0.5)
+            time.sleep(1)
         raise TimeoutError(f"{dag} {run}: {self.tasks(dag, run)}")
 
     def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
@@ -179,10 +179,10 @@ class Airflow:
 
 
 @contextmanager
-def running(home: Path, wanted_pools: dict[str, int]) -> Iterator[Airflow]:
-    """Airflow standalone on `home`, on a free port, until the block ends."""
+def running(home: Path, wanted_pools: dict[str, int], **settings: str) -> Iterator[Airflow]:
+    """Airflow on `home`, on a free port, until the block ends; `settings` go before its own."""
     port = free_port()
-    env = local.environment(home, port) | {"PYTHONPATH": str(home)}
+    env = local.environment(home, port) | {"PYTHONPATH": str(home)} | settings
     # Ports of the servers that log to workers' pages must not meet those of another Airflow.
     env |= {
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from orchestrate.place import free_port
 
 from pipelines.orchestrate import local
@@ -23,6 +24,12 @@ def missing() -> list[str]:
 def _postgres() -> Path | None:
     """Debian keeps the server's programs off the path, a folder for each release."""
     return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+needed = pytest.mark.skipif(
+    bool(missing()) and not os.environ.get("CI"),
+    reason=f"needs {', '.join(missing())} (Debian: redis-server, postgresql)",
+)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class Edge:
         """Make the whole folder of one device beside its name, with what the channel has now."""
         with stage.fresh(folder) as root:
             (root / "device").write_text(device)
-            shutil.copy(signing.public(), root / "signing.pub")
+            (root / "signing.pub").write_bytes(signing.public())
             # The first update starts from a runner that stands where a release would.
             first = root / "first"
             first.mkdir()

@@ -4,7 +4,6 @@ PostgreSQL and Redis are Debian's, S3 is SeaweedFS; all of them start and end wi
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,16 +26,11 @@ from orchestrate.place import (
     repository,
 )
 
+from pipelines import signing
 from pipelines.orchestrate import local
 from pipelines.params import Params
 
-pytestmark = [
-    pytest.mark.airflow,
-    pytest.mark.skipif(
-        bool(servers.missing()) and not os.environ.get("CI"),
-        reason=f"needs {', '.join(servers.missing())} (Debian: redis-server, postgresql)",
-    ),
-]
+pytestmark = [pytest.mark.airflow, servers.needed]
 RUN = "celery-1"
 
 
@@ -55,12 +49,14 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, half_year: Path, params: Params
+    tmp_path_factory: pytest.TempPathFactory,
+    half_year: Path,
+    params: Params,
+    databases: dict[str, str],
 ) -> Iterator[Cluster]:
     base = tmp_path_factory.mktemp("celery")
     with ExitStack() as stack:
         queue = stack.enter_context(servers.redis(base))
-        databases = stack.enter_context(servers.postgres(["airflow", "mlflow"]))
         store = stack.enter_context(seaweed.running(base / "seaweed"))
         store.bucket("headrace")
         origin = repository(
@@ -80,7 +76,7 @@ def cluster(
             git(base, "clone", "-q", str(origin), str(folder))
         server, *workers = folders
         port = free_port()
-        common = _common(port, queue, databases["airflow"], server) | store.env
+        common = _common(port, queue, databases["celery"], server) | store.env
         envs = [_environment(folder, port, common) for folder in folders]
         log = base / "airflow.log"
         stack.enter_context(local.airflow(envs[0], log))
@@ -101,10 +97,12 @@ def _common(port: int, queue: str, database: str, server: Path) -> dict[str, str
     secret = local.environment(server, port)["AIRFLOW__API_AUTH__JWT_SECRET"]
     return {
         "AIRFLOW__CORE__EXECUTOR": "CeleryExecutor",
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": database,
+        local.DATABASE: database,
         "AIRFLOW__CELERY__BROKER_URL": queue,
         "AIRFLOW__CELERY__RESULT_BACKEND": database.replace("postgresql", "db+postgresql", 1),
         "AIRFLOW__API_AUTH__JWT_SECRET": secret,
+        # One worker signs a version, the other checks it.
+        signing.VARIABLE: str(server / ".state" / "keys" / "signing.pem"),
         # A worker that dies is noticed soon.
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     }
