@@ -105,6 +105,13 @@ class Behaviour(_Block):
     missing: dict[str, list[str]]
 
 
+# What stands beside the features in tables of what is known, was asked and was answered.
+TAKEN = {
+    "label", "split", "prediction_time", "known_at", "prediction",
+    "request_id", "row", "at", "bundle", "version", "fallback",
+}  # fmt: skip
+
+
 class Dataset(_Block):
     """Everything the pipeline knows about the data, beside the two SQL files and the suite."""
 
@@ -133,6 +140,8 @@ class Dataset(_Block):
         for name, times in Counter(self.features.names).items():
             if times > 1:
                 raise ValueError(f"features name {name} twice; expected once")
+            if name in TAKEN:
+                raise ValueError(f"features name {name}, which stands beside them; rename it")
         checked = self.behaviour
         named = [name for added in checked.raises.values() for name in added]
         named += [name for columns in checked.missing.values() for name in columns]

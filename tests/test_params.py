@@ -44,6 +44,10 @@ def test_the_repository_holds_valid_params() -> None:
             "dataset: features name origin twice; expected once",
         ),
         (
+            {"dataset": {"features": {"aircraft": {"categories": ["version"]}}}},
+            "dataset: features name version, which stands beside them; rename it",
+        ),
+        (
             {"dataset": {"tables": {"planes": {"key": ["wings"]}}}},
             "dataset.tables.planes: key or batch names wings, which is none of columns",
         ),

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from world import ROOT, Checkout
+import yaml
+from world import ROOT, Checkout, narrowed
 
 from pipelines import tracking
 
@@ -33,6 +34,8 @@ def small(checkout: Checkout) -> Checkout:
         evaluate={"resamples": 10, "baseline_iterations": 5, "min_auc": 0.3},
         drift={"max_auc_fall": 1.0, "max_log_loss_rise": 9.0},
     )
+    path = checkout.folder / "params.yaml"
+    path.write_text(yaml.safe_dump(narrowed(yaml.safe_load(path.read_text())), sort_keys=False))
     shutil.copy(ROOT / ".gitignore", checkout.folder)
     for command in (
         ["init", "-q"],

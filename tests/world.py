@@ -85,3 +85,14 @@ def merged(old: Any, new: Any) -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
         return old | {key: merged(old.get(key), value) for key, value in new.items()}
     return new
+
+
+def narrowed(values: dict[str, Any]) -> dict[str, Any]:
+    """params.yaml with the features of two groups: for tests of the way there, not of the model.
+    The time of training, of the picture of drift and of the export grows with the columns.
+    """
+    dataset = values["dataset"]
+    groups = {name: dataset["features"][name] for name in ("schedule", "aircraft")}
+    checks = {"raises": {}, "missing": {}}
+    few = {"features": groups, "canary": ["schedule"], "behaviour": checks}
+    return values | {"dataset": dataset | few}

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import yaml
-from world import ROOT, merged
+from world import ROOT, merged, narrowed
 
 from pipelines.exchange import plain
 from pipelines.orchestrate import local
@@ -29,7 +29,6 @@ QUICK: dict[str, Any] = {
         "resamples": 5, "baseline_iterations": 1, "min_auc": 0.0, "max_calibration_error": 1.0,
         "max_missing_shift": 1.0, "leak_auc": 1.0,
     },
-    "dataset": {"behaviour": {"raises": {}, "missing": {}}},
     "gate": {"max_log_loss_rise": 9.0, "max_ap_fall": 1.0, "max_slice_log_loss_rise": 9.0,
              "max_row_ms": 1e4, "max_thousand_rows_ms": 1e4},
     "drift": {"max_auc_fall": 1.0, "max_log_loss_rise": 9.0, "max_label_shift": 1.0,
@@ -57,9 +56,7 @@ def repository(folder: Path, source: Path, **changes: Any) -> Path:
     values = yaml.safe_load((folder / "params.yaml").read_text())
     for change in (QUICK, {"fetch": {"source": str(source)}}, changes):
         values = merged(values, change)
-    # `merged` adds keys; these are replaced.
-    values["dataset"]["behaviour"] = {"raises": {}, "missing": {}}
-    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "params.yaml").write_text(yaml.safe_dump(narrowed(values), sort_keys=False))
     git(folder, "init", "-q")
     python(folder, "-m", "pipelines.orchestrate.graph")
     commit(folder, "first")
@@ -107,7 +104,7 @@ def at_work(stage: str, *under: Path, patience: float = 300) -> psutil.Process:
             named = here and command[-1:] == [f"pipelines.train.{stage}"]
             if named and any((Path(cwd) / ".state" / "scratch").glob("*/*")):
                 return process
-        time.sleep(0.1)
+        time.sleep(0.2)
     raise TimeoutError(f"{stage} was not seen at work")
 
 
@@ -183,6 +180,8 @@ def running(home: Path, wanted_pools: dict[str, int], **settings: str) -> Iterat
     """Airflow on `home`, on a free port, until the block ends; `settings` go before its own."""
     port = free_port()
     env = local.environment(home, port) | {"PYTHONPATH": str(home)} | settings
+    # A scheduler that looks ten times a second takes a fifth of a core from the other tests.
+    env["AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME"] = "0.5"
     # Ports of the servers that log to workers' pages must not meet those of another Airflow.
     env |= {
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),

@@ -104,30 +104,39 @@ def test_a_skipped_stage_is_red(airflow: Airflow) -> None:
     assert tasks["unite"]["state"] == RED
 
 
-def test_a_lost_fragment_is_red(airflow: Airflow) -> None:
-    airflow.trigger("retrain", "lost", as_of="2013-06-01")
-    assert airflow.wait("retrain", "lost") == GREEN
-    (airflow.runs / "retrain-lost" / "score.json").unlink()
-    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "lost",
+@pytest.fixture(scope="module")
+def ended(airflow: Airflow) -> str:
+    """A run that ended green."""
+    airflow.trigger("retrain", "ended", as_of="2013-06-01")
+    assert airflow.wait("retrain", "ended") == GREEN, airflow.tasks("retrain", "ended")
+    return "ended"
+
+
+def _unite_again(airflow: Airflow, run: str) -> str:
+    """Clear the task that unites, which must end red. Its log."""
+    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": run,
             "include_downstream": True, "reset_dag_runs": True, "only_failed": False}  # fmt: skip
     airflow.api.call("POST", "/dags/retrain/clearTaskInstances", body)
-    assert airflow.wait("retrain", "lost") == RED
-    log = "\n".join(airflow.log("retrain", "lost", "unite", 2))
-    assert "score published nothing in the run retrain-lost" in log
+    assert airflow.wait("retrain", run) == RED
+    attempt = airflow.tasks("retrain", run)["unite"]["try_number"]
+    return "\n".join(airflow.log("retrain", run, "unite", attempt))
 
 
-def test_a_stage_that_failed_is_red_though_it_published_before(airflow: Airflow) -> None:
-    airflow.trigger("retrain", "marked", as_of="2013-06-01")
-    assert airflow.wait("retrain", "marked") == GREEN
-    path = "/dags/retrain/dagRuns/marked/taskInstances/score"
+def test_a_lost_fragment_is_red(airflow: Airflow, ended: str) -> None:
+    fragment = airflow.runs / f"retrain-{ended}" / "score.json"
+    published = fragment.read_bytes()
+    fragment.unlink()
+    said = f"score published nothing in the run retrain-{ended}"
+    assert said in _unite_again(airflow, ended)
+    fragment.write_bytes(published)
+
+
+def test_a_stage_that_failed_is_red_though_it_published_before(
+    airflow: Airflow, ended: str
+) -> None:
+    path = f"/dags/retrain/dagRuns/{ended}/taskInstances/score"
     airflow.api.call("PATCH", path, {"new_state": "failed"})
-    body = {"dry_run": False, "task_ids": ["unite"], "dag_run_id": "marked",
-            "include_downstream": True, "reset_dag_runs": True, "only_failed": False}  # fmt: skip
-    airflow.api.call("POST", "/dags/retrain/clearTaskInstances", body)
-    assert airflow.wait("retrain", "marked") == RED
-    assert "unite: error: score is failed" in "\n".join(
-        airflow.log("retrain", "marked", "unite", 2)
-    )
+    assert "unite: error: score is failed" in _unite_again(airflow, ended)
 
 
 def test_a_reused_id_with_other_params_is_red_and_names_both(airflow: Airflow) -> None:

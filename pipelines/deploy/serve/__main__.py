@@ -178,6 +178,8 @@ def serve(given: argparse.Namespace) -> None:
 
 def main() -> int:
     given = read_arguments()
+    # Who asks before there is a service to change means what it will load anyway.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with logs.written():
             serve(given)
