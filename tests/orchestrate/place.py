@@ -24,7 +24,9 @@ RED, GREEN = "failed", "success"
 # Training is short, the baseline weak and the verdict lenient: these tests are about the way there.
 QUICK: dict[str, Any] = {
     "as_of": "2013-06-01",
-    "fit": {"max_epochs": 1, "batch_size": 256, "hidden": [16], "members": 1},
+    "fit": {
+        "max_epochs": 1, "batch_size": 128, "hidden": [16], "members": 1, "learning_rate": 0.03,
+    },
     "evaluate": {
         "resamples": 5, "baseline_iterations": 1, "min_auc": 0.0, "max_calibration_error": 1.0,
         "max_missing_shift": 1.0, "leak_auc": 1.0,
