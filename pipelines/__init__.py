@@ -1,7 +1,20 @@
 """The stages of the pipeline. `dvc.yaml` says in which order, `params.yaml` with which numbers."""
 
 import gc
+import sys
+from types import TracebackType
 
 # A stage is a process of seconds that imports much and frees little: to look for garbage after
 # every 700 new objects is a fifth of the time of its imports.
 gc.set_threshold(100_000, 20, 100)
+
+
+def _unless_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Ctrl-C while a stage still imports is told by whoever started it, not by a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _unless_interrupted

@@ -3,6 +3,8 @@ form.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ def session(engine: str) -> Iterator[SparkSession]:
     """
     if engine == "embedded":
         with _embedded() as url:
-            yield from _connected(SparkSession.builder.remote(url))
+            yield from _connected(SparkSession.builder.remote(url), embedded=True)
     elif engine.startswith("sc://"):
         yield from _connected(SparkSession.builder.remote(engine))
     else:
@@ -44,9 +46,15 @@ def _embedded() -> Iterator[str]:
         server.stop()
 
 
-def _connected(builder: SparkSession.Builder) -> Iterator[SparkSession]:
+def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterator[SparkSession]:
     spark = builder.getOrCreate()
+    if embedded:
+        # The client would ask a server that is gone for ten minutes: here it is this process.
+        spark.client.set_retry_policies([])  # type: ignore[operator]  # a property to mypy
     spark.conf.set("spark.sql.session.timeZone", "UTC")
+    if embedded and threading.current_thread() is threading.main_thread():
+        # Once it has answered, the server has put its own end on Ctrl-C; give it back to Python.
+        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
     try:
         yield spark
     finally:

@@ -53,7 +53,7 @@ def guarded(stage: str, run: Callable[[Params], None]) -> int:
     except UserError as error:
         print(f"{stage}: error: {error}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         print(f"{stage}: interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
