@@ -268,7 +268,6 @@ class Capture(_Block):
 class Serve(_Block):
     """One replica of the service."""
 
-    host: str
     keys: str | None
     rate_limit: Annotated[float, Field(gt=0)] | None
     threads: Positive

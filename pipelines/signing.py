@@ -62,7 +62,7 @@ def _given() -> bytes | None:
 
 
 def _file() -> Path:
-    return Path(os.environ.get(VARIABLE, STATE / "keys" / "signing.pem"))
+    return Path(os.environ.get(VARIABLE) or STATE / "keys" / "signing.pem")
 
 
 def _public() -> "Ed25519PublicKey":

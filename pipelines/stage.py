@@ -53,7 +53,7 @@ def guarded(stage: str, run: Callable[[Params], None]) -> int:
     except UserError as error:
         print(f"{stage}: error: {error}", file=sys.stderr, flush=True)
         return 2
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+    except KeyboardInterrupt:
         print(f"{stage}: interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
@@ -135,6 +135,18 @@ def alone(lock: Path, otherwise: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(otherwise) from None
         yield
+
+
+def taken(lock: Path) -> bool:
+    """Whether a process holds the lock file in `alone`."""
+    try:
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def search_path() -> str:

@@ -36,16 +36,17 @@ def decide(held: Registry, version: int, verdict: str, who: str, why: str) -> No
 
 
 def refuse_without(held: Registry, params: Params, version: int) -> None:
-    """Raise UserError unless the gate passed the version and, where asked, a person approved it."""
+    """Raise UserError unless the gate passed the version, no person rejected it and, where one is
+    asked, a person approved it.
+    """
     tags = held.version(version).tags
     if tags.get("gate") != "passed":
-        verdict = tags.get("gate_reason", "the gate has not judged it; run pipelines.deploy.gate")
+        how = "run python -m pipelines.deploy.gate"
+        verdict = tags.get("gate_reason", f"the gate has not judged it; {how}")
         raise UserError(f"{held.model} version {version} may not be released: {verdict}")
-    if not params.release.approval:
-        return
-    if REJECTED in tags:
+    if REJECTED in tags:  # asked for or not, a person said no
         raise UserError(f"{held.model} version {version} was rejected {tags[REJECTED]}")
-    if APPROVED not in tags:
+    if params.release.approval and APPROVED not in tags:
         raise UserError(
             f"{held.model} version {version} waits for a person: "
             f"python -m pipelines.deploy.approval approve {version}"

@@ -25,6 +25,8 @@ from pipelines.params import Traffic
 
 TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
 TYPES = "type.googleapis.com/envoy.config"
+# What a replica counts is for who runs it, at its own port.
+HIDDEN = {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
         if way.copy is not None:
             route["route"]["request_mirror_policies"] = [{"cluster": way.copy}]
         made.append(route)
-    host = {"name": "all", "domains": ["*"], "routes": made}
+    host = {"name": "all", "domains": ["*"], "routes": [HIDDEN, *made]}
     table = {"@type": f"{TYPES}.route.v3.RouteConfiguration", "name": "traffic"}
     return _publish(folder / "routes.json", [table | {"virtual_hosts": [host]}])
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
 from pipelines.bundle import Scorer
-from pipelines.deploy import champion, comparison, promotion, registry
+from pipelines.deploy import comparison, promotion, registry
 from pipelines.deploy.registry import Registry
 from pipelines.errors import UserError
 from pipelines.params import Gate, Params
@@ -88,7 +88,7 @@ def _lacking(scorer: Scorer) -> list[str]:
 
 def _champion(held: Registry, version: int) -> Scorer:
     with stage.scratch("gate") as folder:
-        champion.bring(held, version, folder)
+        held.bring(version, folder)
         return bundle.load(folder)
 
 

@@ -42,6 +42,8 @@ class Case:
     disagreement: Bet = field(default_factory=Bet)
     labels: Bet = field(default_factory=Bet)
     distances: Share = field(default_factory=Share)  # in thousandths
+    # The challenger's, as far as the champion's were there to compare.
+    answers: int = 0
     turn: int = 0
 
 
@@ -78,7 +80,7 @@ def hear(
         distances=case.distances + _thousandths(distances),
     )
     if set(seen) != {"champion", "challenger"}:
-        return case  # what cannot be seen says nothing; the step's limit waits for nobody
+        return case  # one alone says nothing; the step's limit waits for nobody
     new = {slot: since(case.last.get(slot), seen[slot]) for slot in seen}
     chance = np.random.default_rng(case.turn)
     errors = {slot: Share(min(one.errors, one.requests), one.requests) for slot, one in new.items()}
@@ -101,6 +103,7 @@ def hear(
         errors=case.errors.after(errors, allowed.errors, chance),
         latency=latency,
         predictions=predictions,
+        answers=case.answers + new["challenger"].requests,
     )
 
 
@@ -201,7 +204,7 @@ def _grown(case: Case, limits: Limits) -> list[str]:
 
 def decide(case: Case, limits: Limits, seconds: float, elapsed: float, answers: int) -> Verdict:
     """The verdict on a step of `seconds` that began `elapsed` seconds ago, with so many answers of
-    the challenger since.
+    the challenger since that could be compared.
     """
     if found := faults(case, limits):
         return Verdict("bad", "; ".join(found))

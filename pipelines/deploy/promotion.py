@@ -1,7 +1,7 @@
 """promotion: which version is champion. An effect: of many at once one wins; told twice, it acts
 once.
 
-    status                               the log, and whether the alias and what is served agree
+    status                               the log, and whether the alias and what is served follow
     promote VERSION --replaces N         VERSION becomes champion in the place of N
     roll-back --replaces N               the champion before N comes back
     reconcile                            the alias, and what is served, follow the log
@@ -17,8 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines import lease, stage
-from pipelines.deploy import approval, registry
+from pipelines.deploy import approval, registry, targets
 from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
+from pipelines.deploy.targets import Target
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -39,7 +40,7 @@ def promote(
     """
     bundle = str(held.version(version).tags["bundle"])
     entry = Entry(0, version, bundle, replaces, who, why, evidence=evidence or {})
-    return _follow(held, entry)
+    return _append(held, entry)
 
 
 def roll_back(held: Registry, replaces: int, who: str, why: str) -> Entry:
@@ -56,7 +57,7 @@ def roll_back(held: Registry, replaces: int, who: str, why: str) -> Entry:
         raise UserError(f"{held.model}: there was no champion before version {replaces}")
     back = before[-1]
     entry = Entry(0, back.version, back.bundle, replaces, who, why, rolled_back=True)
-    return _follow(held, entry)
+    return _append(held, entry)
 
 
 def standing(log: list[Entry]) -> list[Entry]:
@@ -70,7 +71,7 @@ def standing(log: list[Entry]) -> list[Entry]:
     return stack
 
 
-def _follow(held: Registry, entry: Entry) -> Entry:
+def _append(held: Registry, entry: Entry) -> Entry:
     """Write the entry after the newest, if that is the one it says it replaces."""
     newest = held.champion()
     if newest is not None and newest.version != entry.version:
@@ -154,8 +155,15 @@ def _project(held: Registry, entry: Entry) -> None:
         held.tag(entry.version, {"promoted": said})
 
 
-def status(held: Registry) -> list[str]:
-    """The log as lines, and where the alias disagrees."""
+def follow(held: Registry, target: Target, entry: Entry) -> None:
+    """Serve the log's champion, where anything is served and that is another bundle."""
+    if target.up() and target.serving().get("champion") != entry.bundle:
+        targets.serve(target, held, "champion", entry.version)
+        stage.say("promotion", f"version {entry.version} is served as champion")
+
+
+def status(held: Registry, target: Target) -> list[str]:
+    """The log as lines, and where the alias or what is served disagrees."""
     log = held.log()
     lines = [
         f"{entry.at}  version {entry.version} "
@@ -163,10 +171,15 @@ def status(held: Registry) -> list[str]:
         f"by {entry.who}: {entry.why}"
         for entry in log
     ]
-    alias = held.aliases().get(CHAMPION) if log else None
-    if log and alias != log[-1].version:
+    if not log:
+        return [f"{held.model} has no champion"]
+    alias = held.aliases().get(CHAMPION)
+    if alias != log[-1].version:
         lines.append(f"the alias names version {alias}; run reconcile")
-    return lines or [f"{held.model} has no champion"]
+    served = target.serving().get("champion")
+    if served not in (None, log[-1].bundle):
+        lines.append(f"bundle {str(served)[:12]} is served as champion; run reconcile")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,15 +189,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _do(held: Registry, params: Params, given: argparse.Namespace) -> None:
+    target, entry = targets.of(params), None
     match given.verb:
         case "promote":
             approval.refuse_without(held, params, given.version)
-            promote(held, given.version, given.replaces, given.who, given.why)
+            entry = promote(held, given.version, given.replaces, given.who, given.why)
         case "roll-back":
-            roll_back(held, given.replaces, given.who, given.why)
+            entry = roll_back(held, given.replaces, given.who, given.why)
         case "reconcile":
-            reconcile(held)
-    print("\n".join(status(held)))
+            entry = reconcile(held)
+    if entry is not None:
+        follow(held, target, entry)
+    print("\n".join(status(held, target)))
 
 
 def _parser() -> argparse.ArgumentParser:

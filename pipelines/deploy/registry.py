@@ -7,13 +7,15 @@ The alias `champion` follows the log. A registry that was made anew begins a new
 """
 
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import exchange, tracking
+from pipelines import exchange, signing, stage, tracking
 from pipelines.errors import UserError
 from pipelines.exchange import Exchange
 from pipelines.params import Params
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+# Where MLflow keeps the files that register gave it beside its own copy of the model.
+FILES = "extra_files"
 
 
 class ConflictError(UserError):
@@ -81,6 +85,33 @@ class Registry:
     def statement(self, number: int, digest: str) -> dict[str, object]:
         """What a signature says of a version: that its bundle is this one."""
         return {"model": self.model, "version": number, "bundle": digest}
+
+    def bring(self, number: int, folder: Path) -> str:
+        """Copy the bundle of a version into `folder`, which is empty. Returns its hash.
+
+        Raises UserError where it is not the bundle that was signed as this version.
+        """
+        import mlflow
+
+        tags = self.version(number).tags
+        wanted = str(tags["bundle"])
+        if "signature" not in tags:
+            raise UserError(
+                f"{self.model} version {number} is not signed; register signs what it makes"
+            )
+        signing.check(self.statement(number, wanted), tags["signature"])
+        with tempfile.TemporaryDirectory() as scratch:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"models:/{self.model}/{number}", dst_path=scratch
+            )
+            shutil.copytree(Path(scratch) / FILES, folder, dirs_exist_ok=True)
+        found = stage.digest(folder)
+        if found != wanted:
+            raise UserError(
+                f"{self.model} version {number} is damaged: its bundle is {found[:12]}, "
+                f"expected {wanted[:12]}"
+            )
+        return wanted
 
     def aliases(self) -> dict[str, int]:
         """The version by alias, as MLflow has it now."""

@@ -12,25 +12,23 @@ the champion all traffic where nobody says for a while that the challenger may h
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines import lease, stage
-from pipelines.deploy import approval, champion, judge, promotion, registry, targets, trail
+from pipelines.deploy import approval, judge, promotion, registry, targets, trail
 from pipelines.deploy.judge import Case, Verdict
 from pipelines.deploy.mirrored import Mirrored
 from pipelines.deploy.registry import CHALLENGER, Entry, Registry
-from pipelines.deploy.targets import Release, Slot, Target
+from pipelines.deploy.targets import Slot, Target
 from pipelines.deploy.trail import Trail
 from pipelines.errors import UserError
 from pipelines.params import Params
 
 RECORD = Path("reports/release/record.json")
 INTERVAL = 1.0  # seconds between two looks
-READY = 120.0  # seconds until a started release has to be healthy
 GONE = 30.0  # seconds until a challenger that was rolled back has to be gone
 
 
@@ -60,12 +58,12 @@ class Controller:
         now = promotion.reconcile(self.held)
         if now is None:
             raise UserError(f"{self.held.model} has no champion to release a challenger beside")
-        found = self._unfinished(now)
+        found = self._unfinished(now, shadow)
         if found is not None and found.begun["challenger"] == now.version:
             self._finish(found)  # killed between the promotion and the switch
             return
         if not self.target.up():
-            self._unserved(now, shadow)
+            self._unserved(now, shadow, found)
             return
         # Also where nothing is to be released: what is served follows the log.
         theirs = self._start("champion", now.version)
@@ -89,17 +87,25 @@ class Controller:
         if not found.ended:
             self._finish(found)
 
-    def _unfinished(self, now: Entry) -> Trail | None:
-        """The release to go on with. One of other versions than today's is over."""
+    def _unfinished(self, now: Entry, shadow: bool) -> Trail | None:
+        """The release to go on with. One of other versions than today's, or of another kind than
+        is asked for, is over.
+        """
         found = trail.newest(self.held.exchange, self._folder())
         if found is None or found.ended:
             return None
+        if found.begun["challenger"] == now.version:
+            return found
         pair = found.begun["champion"], found.begun["challenger"]
         today = now.version, self.held.aliases().get(CHALLENGER)
-        if pair == today or found.begun["challenger"] == now.version:
+        if pair != today:
+            self._roll_back(found, f"the versions changed from {pair} to {today}")
+        elif found.begun["shadow"] != shadow:
+            kind = "a shadow" if found.begun["shadow"] else "no shadow"
+            self._roll_back(found, f"it was begun as {kind}, and is not gone on with as such")
+        else:
             stage.say("release", f"going on with release {found.number}")
             return found
-        self._roll_back(found, f"the versions changed from {pair} to {today}")
         return None
 
     def _folder(self) -> str:
@@ -114,9 +120,11 @@ class Controller:
             approval.refuse_without(self.held, self.params, version)
         return version
 
-    def _unserved(self, now: Entry, shadow: bool) -> None:
-        """Promote what the gate passed: where nothing is served, nobody can judge by traffic."""
-        if shadow:
+    def _unserved(self, now: Entry, shadow: bool, found: Trail | None) -> None:
+        """Promote what the gate passed: where nothing is served, nobody can judge by traffic. What
+        traffic began to judge, traffic judges to the end.
+        """
+        if shadow or found is not None:
             raise UserError(f"nothing is served at {self.limits.target}; start it: make serve")
         version = self._challenger(shadow)
         if version is None:
@@ -132,16 +140,8 @@ class Controller:
         stage.say("release", f"nothing to release: version {now.version} is champion, and no other")
 
     def _start(self, slot: Slot, version: int) -> str:
-        """Bring the bundle to the target, and wait until it answers. Returns its hash."""
-        digest = str(self.held.version(version).tags["bundle"])
-        with tempfile.TemporaryDirectory() as folder:
-            champion.bring(self.held, version, Path(folder))
-            self.target.start(slot, Release(self.held.model, version, digest, Path(folder)))
-        begun = time.monotonic()
-        while not self.target.healthy(slot):
-            if time.monotonic() - begun > READY:
-                raise UserError(f"version {version} was not ready as {slot} within {READY:.0f} s")
-            time.sleep(0.2)
+        """Serve the version in the slot. Returns its hash."""
+        digest = targets.serve(self.target, self.held, slot, version)
         stage.say("release", f"version {version} is {slot}, ready")
         return digest
 
@@ -175,19 +175,18 @@ class Controller:
         return (step for step in steps if step[0] not in found.good)
 
     def _step(self, percent: int, seconds: int) -> Verdict:
-        begun, answers = time.monotonic(), 0
+        begun, before = time.monotonic(), self.case.answers if self.case else 0
         while True:
+            # A controller that was replaced while it slept says nothing more.
+            self.mine.check()
             # Said at every look: it holds only as long as somebody says it.
             self.target.shift(percent, shadow=self.limits.shadow_seconds > 0)
             time.sleep(INTERVAL)
             seen = self.target.observe()
             if self.case is None:
                 self.case = judge.begin(seen)
-            before = self.case.last.get("challenger")
-            if "challenger" in seen:
-                answers += judge.since(before, seen["challenger"]).requests
             self.case = judge.hear(self.case, seen, self.limits, *self.mirrored.look())
-            elapsed = time.monotonic() - begun
+            elapsed, answers = time.monotonic() - begun, self.case.answers - before
             verdict = judge.decide(self.case, self.limits, seconds, elapsed, answers)
             stage.say("release", f"{percent:>3} %  {verdict.kind:<9} {verdict.reason}")
             if verdict.kind != "undecided":
@@ -203,6 +202,7 @@ class Controller:
         except lease.LostError:
             raise
         except BaseException as error:
+            self.mine.check()
             now = self.held.champion()
             won = now is not None and now.version == found.begun["challenger"]
             if not found.ended and not won:
@@ -229,6 +229,10 @@ class Controller:
 
     def _finish(self, found: Trail) -> None:
         self.target.switch()
+        # Who rolled the champion back meanwhile wrote it first; what is served follows the log.
+        now = self.held.champion()
+        if now is not None and now.version != found.begun["challenger"]:
+            self._start("champion", now.version)
         found.add("promoted")
         self.held.tag(found.begun["challenger"], {"release": f"release {found.number} promoted"})
         self._report(found)

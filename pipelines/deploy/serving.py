@@ -17,6 +17,8 @@ from pipelines import stage
 from pipelines.deploy.targets import Observation, Slot
 
 FOLDER = stage.STATE / "serving"
+# Held by the supervisor as long as it lives: what it reports may be late.
+LOCK = "supervisor.lock"
 # A status older than this says nothing: its supervisor is dead or stuck.
 FRESH = 5.0  # seconds
 # The challenger keeps its share only as long as somebody says so again: who judged it may be dead.

@@ -8,6 +8,7 @@ behind, and started again it goes on from what should be.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,10 +24,12 @@ from pipelines.deploy.envoy import Way
 from pipelines.deploy.replicas import Group
 from pipelines.deploy.serving import Desired, Serving, Started, Status
 from pipelines.deploy.targets import Slot
+from pipelines.errors import UserError
 from pipelines.params import Traffic
 
 TICK = 0.1  # seconds
 REPORT = 0.4
+GOING = 3.0  # until the Envoy of a supervisor that was killed is gone
 REPLICA = (sys.executable, "-m", "pipelines.deploy.serve")
 
 
@@ -42,6 +45,7 @@ class Supervisor:
         self.counts: dict[str, Counts] = {}
         self.pages: dict[str, dict[int, counts.Page]] = {}
         self.proxy: subprocess.Popen[bytes] | None = None
+        self.falls = 0  # of the proxy
         self.wanted = Desired()
         # Who answers the callers: the champion, once it is healthy for the first time.
         self.answering: Started | None = None
@@ -51,7 +55,9 @@ class Supervisor:
     def run(self) -> None:
         """Until `over` is set. Raises UserError where another supervisor serves this folder."""
         busy = f"{self.folder} is served by another supervisor"
-        with stage.alone(self.folder / "supervisor.lock", busy):
+        with stage.alone(self.folder / serving.LOCK, busy):
+            for name in ("port", "admin_port"):
+                _free(name, self.traffic)
             bootstrap = envoy.prepare(self.config, self.traffic)
             envoy.validate(bootstrap)
             watching = threading.Thread(target=self._watch, daemon=True)
@@ -66,10 +72,22 @@ class Supervisor:
                 watching.join()
                 self._end()
 
+    def trouble(self) -> str | None:
+        """What keeps on ending before it was of use, and what it said last."""
+        falls = {"envoy": self.falls}
+        falls |= {name: one.restarts for name, one in list(self.groups.items()) if not one.ready}
+        for name, times in falls.items():
+            if times > 1:
+                log = self.folder / "logs" / f"{name}.log"
+                said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+                return f"{name} ends again and again: {said[-1] if said else 'no word'} ({log})"
+        return None
+
     def _keep_proxy(self, bootstrap: Path) -> None:
         if self.proxy is not None and self.proxy.poll() is None:
             return
         if self.proxy is not None:
+            self.falls += 1
             _release(self.proxy)
             time.sleep(1)  # one that cannot start must not spin
         (self.folder / "logs").mkdir(exist_ok=True)
@@ -221,6 +239,26 @@ class Supervisor:
                 if group.stop():
                     del self.groups[name]
             time.sleep(TICK)
+
+
+def _free(name: str, traffic: Traffic) -> None:
+    """Raise UserError where another program has the port. Envoy itself would share it."""
+    address = traffic.address if name == "port" else "127.0.0.1"
+    port = getattr(traffic, name)
+    end = time.monotonic() + GOING
+    while True:
+        with socket.socket() as asked:
+            asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                asked.bind((address, port))
+                return
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"params.yaml: traffic.{name} is {port} at {address}; expected one that is "
+                        f"free: {error.strerror}"
+                    ) from None
+        time.sleep(TICK)
 
 
 def _release(proxy: subprocess.Popen[bytes]) -> None:

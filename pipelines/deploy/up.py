@@ -1,12 +1,13 @@
 """up: serve on this machine until Ctrl-C.
 
-in:   what was served here before; at first the registry's champion
+in:   the registry's champion; where the registry cannot be reached, what was served here before
 out:  the service behind Envoy; how to ask it, on the screen
 run:  make serve
 """
 
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipelines import bundle, stage
-from pipelines.deploy import champion, promotion, registry, serving
+from pipelines.deploy import promotion, registry, serving
+from pipelines.deploy.serve.keys import Keys
 from pipelines.deploy.supervise import TICK, Supervisor
 from pipelines.deploy.targets import Release
 from pipelines.deploy.targets.local import Local
@@ -31,8 +33,11 @@ def main() -> int:
 
 def _serve(params: Params) -> None:
     target = Local()
-    if serving.desired(serving.FOLDER).champion is None:
-        begin(params, target)
+    if target.up():
+        raise UserError(f"{serving.FOLDER} is served by another supervisor")
+    if params.serve.keys is not None:
+        Keys(Path(params.serve.keys), params.serve.rate_limit)  # that it can be read
+    begin(params, target)
     supervisor = Supervisor(serving.FOLDER, params.traffic)
     for stopping in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stopping, lambda *_: supervisor.over.set())
@@ -43,30 +48,50 @@ def _serve(params: Params) -> None:
 
 
 def begin(params: Params, target: Local) -> None:
-    """What was never told what to serve begins with the registry's champion."""
-    held = registry.of(params)
-    entry = promotion.reconcile(held)
+    """Say that the registry's champion be served."""
+    before = serving.desired(serving.FOLDER).champion
+    try:
+        held = registry.of(params)
+        entry = promotion.reconcile(held)
+    except Exception as error:  # of MLflow, its database, or the way to either
+        if before is None or isinstance(error, UserError):
+            raise
+        what = f"version {before.version}, which was served here before"
+        stage.say("up", f"no registry at {params.tracking.uri}, so {what}: {stage.one_line(error)}")
+        return
     if entry is None:
         raise UserError(f"{held.model} has no champion at {params.tracking.uri}; make it: make run")
     with tempfile.TemporaryDirectory() as folder:
-        champion.bring(held, entry.version, Path(folder))
+        held.bring(entry.version, Path(folder))
         target.start("champion", Release(held.model, entry.version, entry.bundle, Path(folder)))
 
 
 def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
     """How to ask, once there is somebody to ask."""
     stage.say("up", "starting, a few seconds")
-    while not target.healthy("champion"):
+    told: set[str] = set()
+    # What the supervisor before this one reported says nothing.
+    while serving.status(serving.FOLDER).pid != os.getpid() or not target.healthy("champion"):
         if supervisor.over.wait(TICK):
             return
-    told = serving.desired(serving.FOLDER).champion
-    assert told is not None
-    bundle_of = serving.bundle_of(serving.FOLDER, told.digest)
+        trouble = supervisor.trouble()
+        if trouble is not None and trouble not in told:
+            told.add(trouble)
+            stage.say("up", trouble)
+    champion = serving.desired(serving.FOLDER).champion
+    assert champion is not None
+    bundle_of = serving.bundle_of(serving.FOLDER, champion.digest)
     traffic, ports = params.traffic, serving.status(serving.FOLDER).slots["champion"].ports
+    key, how = "", ""
+    if params.serve.keys is not None:
+        key = " \\\n             -H 'authorization: Bearer KEY'"
+        how = "  a key    python -m pipelines.deploy.serve.keys NAME\n"
+        how += "           python -m pipelines.deploy.targets.local restart, and it is known\n"
     print(
-        f"\n  {told.model} version {told.version}, bundle {told.digest[:12]}\n\n"
+        f"\n  {champion.model} version {champion.version}, bundle {champion.digest[:12]}\n\n"
         f"  ask      curl http://{traffic.address}:{traffic.port}/predict "
-        f"-H 'content-type: application/json' \\\n             -d '{_example(bundle_of)}'\n"
+        f"-H 'content-type: application/json'{key} \\\n"
+        f"             -d '{_example(bundle_of)}'\n{how}"
         f"  metrics  {' '.join(f'http://127.0.0.1:{port}/metrics' for port in ports)}\n"
         f"  envoy    http://127.0.0.1:{traffic.admin_port}\n"
         f"  logs     {serving.FOLDER}/logs\n\n  Ctrl-C stops all of it.",

@@ -75,7 +75,10 @@ def train_network(
     )
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
     with naming(scratch / "checkpoints"):
-        trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
+        try:
+            trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
+        except SystemExit as error:  # Lightning makes that of Ctrl-C
+            raise KeyboardInterrupt from error
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
     return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
 

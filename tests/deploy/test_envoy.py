@@ -74,10 +74,12 @@ class Proxy:
         version = envoy.routes(self.folder, self.traffic, ways)
         until(lambda: self.admin.applied("rds") == version)
 
-    def ask(self) -> int:
-        url = f"http://127.0.0.1:{self.traffic.port}/predict"
+    def ask(self, path: str = "/predict", **headers: str) -> int:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        url = f"http://127.0.0.1:{self.traffic.port}{path}"
+        request = urllib.request.Request(url, b"{}", named)
         try:
-            with urllib.request.urlopen(url, data=b"{}", timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=10) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -131,7 +133,7 @@ def test_routes_one_after_another_give_the_shares(
     envoy.routes(tmp_path, params.traffic, ways)
     table = stage.read_json(tmp_path / "routes.json")["resources"][0]
     left, shares = 1.0, []
-    for route in table["virtual_hosts"][0]["routes"]:
+    for route in table["virtual_hosts"][0]["routes"][1:]:
         part = route["match"]["runtime_fraction"]["default_value"]["numerator"] / 1e6
         shares.append(100 * left * part)
         left *= 1 - part
@@ -178,6 +180,22 @@ def test_a_timeout_is_not_tried_again(proxy: Proxy) -> None:
     assert proxy.ask() == 504
     assert slow.asked == 1
     until(lambda: proxy.admin.counted("c").errors == 1)
+
+
+def test_no_header_of_a_caller_sets_how_it_is_tried(proxy: Proxy) -> None:
+    slow, bad = Replica(200, after=0.3), Replica(500)
+    proxy.routes({"slow": [slow]}, [Way(100, "slow")])
+    assert proxy.ask(x_envoy_upstream_rq_timeout_ms="20") == 200
+    proxy.routes({"slow": [slow], "bad": [bad]}, [Way(100, "bad")])
+    assert proxy.ask(x_envoy_retry_on="5xx", x_envoy_max_retries="5") == 500
+    assert bad.asked == 1
+
+
+def test_what_replicas_count_is_not_for_callers(proxy: Proxy) -> None:
+    one = Replica(200)
+    proxy.routes({"c": [one]}, [Way(100, "c")])
+    assert proxy.ask("/metrics") == 404
+    assert one.asked == 0
 
 
 def test_a_replica_that_fails_again_and_again_gets_nothing_for_a_while(proxy: Proxy) -> None:

@@ -181,6 +181,20 @@ def test_a_fault_is_found_at_a_hundred_percent_too(limits: Release) -> None:
     assert "errors" in judge.faults(case, limits)[0]
 
 
+def test_what_cannot_be_compared_is_not_good(limits: Release) -> None:
+    """The challenger answers errors alone, and nobody knows what the champion does."""
+    slots = Slots(1, errors=1.0)
+    both = slots.look({"champion": 200, "challenger": 0})
+    case = judge.begin({"challenger": both["challenger"]})
+    for _ in range(30):
+        seen = slots.look({"champion": 50, "challenger": 50})
+        case = judge.hear(case, {"challenger": seen["challenger"]}, limits)
+    assert judge.decide(case, limits, 15, 30, case.answers).kind == "undecided"
+    assert judge.decide(case, limits, 15, limits.limit_seconds, case.answers).kind == "bad"
+    case = judge.hear(case, seen, limits)
+    assert "errors: " in judge.decide(case, limits, 15, 30, case.answers).reason
+
+
 def test_answers_that_differ_are_a_fault_and_those_that_hardly_do_are_none(limits: Release) -> None:
     random = np.random.default_rng(0)
     case: Case = judge.begin({})

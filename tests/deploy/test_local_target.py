@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,15 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deploy.served import Served, release, served, until
+from deploy.served import Served, free, release, served, until
 from deploy.targets.compliance import Compliance, Place
 from deploy.tiny import make_bundle
 from world import ROOT, Checkout
 
-from pipelines import bundle
+from pipelines import bundle, stage
 from pipelines.deploy import serving
-from pipelines.deploy.supervise import REPLICA
+from pipelines.deploy.supervise import REPLICA, Supervisor
 from pipelines.deploy.targets import Release
+from pipelines.deploy.targets.local import Local
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -133,6 +135,19 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_goes_on(here: Served) -
     assert set(here.ask(5)) == {_champion(here).digests[0]}
 
 
+def test_a_supervisor_that_hangs_is_up_and_one_that_is_dead_is_not(here: Served) -> None:
+    """Who thinks that nothing is served promotes without a judgement."""
+    assert here.process is not None
+    here.process.send_signal(signal.SIGSTOP)
+    until(lambda: not here.target.serving(), 10)  # what it reports is old by now
+    assert here.target.up()
+    here.process.kill()
+    here.process.wait()
+    assert not here.target.up()
+    here.start()
+    until(here.target.up)
+
+
 def test_a_share_that_nobody_renews_goes_back_to_the_champion(here: Served, tmp_path: Path) -> None:
     """A controller that was killed leaves no bad challenger before callers."""
     here.target.start("challenger", release(tmp_path, 2))
@@ -154,8 +169,6 @@ def test_a_shadow_gets_copies_and_answers_nobody(here: Served, tmp_path: Path) -
 
 
 def test_one_folder_has_one_supervisor(here: Served, params: Params) -> None:
-    from pipelines.deploy.supervise import Supervisor
-
     with pytest.raises(UserError, match="another supervisor"):
         Supervisor(here.folder, here.traffic).run()
 
@@ -164,6 +177,39 @@ def test_a_bundle_that_is_not_its_name_is_not_started(here: Served, tmp_path: Pa
     wrong = serving.replace(release(tmp_path, 2), digest="0" * 64)
     with pytest.raises(UserError, match="is not the bundle"):
         here.target.start("challenger", wrong)
+
+
+def test_a_kept_bundle_that_was_damaged_is_brought_again(tmp_path: Path) -> None:
+    target, wanted = Local(tmp_path / "serving"), release(tmp_path, 1)
+    target.start("champion", wanted)
+    kept = serving.bundle_of(target.folder, wanted.digest)
+    (kept / "word").write_text("another")
+    target.start("champion", wanted)
+    assert stage.digest(kept) == wanted.digest
+
+
+@pytest.mark.parametrize("name", ["port", "admin_port"])
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path, params: Params, name: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        traffic = free(params.traffic, **{name: other.getsockname()[1]})
+        with pytest.raises(UserError, match=f"traffic.{name} is .*expected one that is free"):
+            Supervisor(tmp_path / "serving", traffic).run()
+
+
+def test_what_ends_again_and_again_is_told(tmp_path: Path, params: Params) -> None:
+    program = (sys.executable, "-c", "raise SystemExit('no such model')")
+    supervisor = Supervisor(tmp_path / "serving", free(params.traffic), program)
+    Local(tmp_path / "serving").start("champion", release(tmp_path, 1))
+    running = threading.Thread(target=supervisor.run)
+    running.start()
+    try:
+        until(lambda: supervisor.trouble() is not None)
+        assert "release-1 ends again and again: no such model" in str(supervisor.trouble())
+    finally:
+        supervisor.over.set()
+        running.join()
 
 
 def test_nothing_served_is_nothing_to_restart(tmp_path: Path) -> None:

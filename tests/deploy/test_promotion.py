@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -18,6 +19,7 @@ from world import Checkout
 from pipelines import exchange, tracking
 from pipelines.deploy import approval, promotion, registry
 from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
+from pipelines.deploy.targets.local import Local
 from pipelines.errors import UserError
 
 PROMOTERS = 20
@@ -71,7 +73,7 @@ def test_rolling_back_brings_back_the_one_before_and_told_twice_acts_once(held: 
 
 
 def test_reconcile_mends_an_alias_set_by_hand_and_adopts_one_from_before_the_log(
-    held: Registry,
+    held: Registry, tmp_path: Path
 ) -> None:
     held.store.set_registered_model_alias(held.model, CHAMPION, "4")
     entry = promotion.reconcile(held)
@@ -79,7 +81,7 @@ def test_reconcile_mends_an_alias_set_by_hand_and_adopts_one_from_before_the_log
     assert (entry.version, entry.bundle) == (4, "b4")
     promotion.promote(held, 2, 4, "a", "better")
     held.store.set_registered_model_alias(held.model, CHAMPION, "3")
-    assert "run reconcile" in promotion.status(held)[-1]
+    assert "run reconcile" in promotion.status(held, Local(tmp_path))[-1]
     promotion.reconcile(held)
     assert held.aliases() == {CHAMPION: 2}
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from deploy.tiny import make_bundle
 from world import ROOT, Checkout
 
 from pipelines import lease, stage
-from pipelines.deploy import promotion, register, registry, release, trail
+from pipelines.deploy import promotion, register, registry, release, targets, trail
 from pipelines.deploy.registry import CHALLENGER, Registry
 from pipelines.deploy.targets import Observation, Release, Slot
 from pipelines.errors import UserError
@@ -32,8 +32,16 @@ QUICK: dict[str, Any] = {
 class Pretended:
     """A target in memory, whose challenger may answer badly, and which may break at a call."""
 
-    def __init__(self, errors: int = 0, answers: int = 100, breaks: str = "") -> None:
+    def __init__(
+        self,
+        errors: int = 0,
+        answers: int = 100,
+        breaks: str = "",
+        hides: Slot | None = None,
+        meanwhile: Callable[[str], None] = lambda call: None,
+    ) -> None:
         self.errors, self.answers, self.breaks = errors, answers, breaks
+        self.hides, self.meanwhile = hides, meanwhile
         self.slots: dict[Slot, str] = {}
         self.percent, self.calls = 0, list[str]()
         self.seen: dict[Slot, Observation] = {}
@@ -81,10 +89,12 @@ class Pretended:
                 latency={bound: count + n for bound, count in seen.latency.items()},
                 predictions=(seen.predictions[0] + n, *seen.predictions[1:]),
             )
-        return {slot: seen for slot, seen in self.seen.items() if slot in self.slots}
+        shown = self.slots.keys() - {self.hides}
+        return {slot: seen for slot, seen in self.seen.items() if slot in shown}
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
+        self.meanwhile(name)
         if name == self.breaks:
             self.breaks = ""
             raise RuntimeError(f"{name} broke")
@@ -143,10 +153,13 @@ def test_a_bad_challenger_is_rolled_back_with_the_reason(
     assert stage.read_json(release.RECORD)["outcome"] == "rolled back"
 
 
-def test_no_traffic_is_bad(held: Registry, checkout: Checkout) -> None:
+@pytest.mark.parametrize("hides", [None, "champion", "challenger"])
+def test_no_traffic_or_a_slot_nobody_can_see_is_bad(
+    held: Registry, checkout: Checkout, hides: Slot | None
+) -> None:
     checkout.set(release={"limit_seconds": 1})
     with pytest.raises(UserError, match="no traffic or no metrics"):
-        release.run(checkout.params(), Pretended(answers=0))
+        release.run(checkout.params(), Pretended(answers=100 if hides else 0, hides=hides))
     assert _champion(held) == 1
 
 
@@ -203,6 +216,83 @@ def test_a_release_goes_on_from_its_last_good_step(held: Registry, checkout: Che
     release.run(checkout.params(), target)
     assert {call for call in target.calls if call.startswith("shift")} == {"shift 100"}
     assert (_champion(held), _trail(held).number) == (2, 1)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_shadow_is_not_gone_on_with_as_a_release_nor_the_reverse(
+    held: Registry, checkout: Checkout, begun: bool
+) -> None:
+    folder = str(held.folder("releases"))
+    trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=begun)
+    release.run(checkout.params(), Pretended(), shadow=not begun)
+    assert _trail(held).number == 2
+    assert _events(held)[-1] == ("promoted" if begun else "shadowed")
+    assert "not gone on with" in str(held.exchange.get(f"{folder}/000001/000002.json"))
+
+
+def test_what_traffic_began_to_judge_is_not_promoted_without(
+    held: Registry, checkout: Checkout
+) -> None:
+    folder = str(held.folder("releases"))
+    trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=False)
+    target = Pretended()
+    target.awake = False
+    with pytest.raises(UserError, match="nothing is served at local; start it: make serve"):
+        release.run(checkout.params(), target)
+    assert _champion(held) == 1
+
+
+def test_a_controller_that_slept_and_was_replaced_says_nothing_more(
+    held: Registry, checkout: Checkout
+) -> None:
+    name = f"release-{held.model}"
+
+    def replaced(call: str) -> None:
+        if call == "shift 20":
+            newest = lease.newest(held.exchange, name)
+            held.exchange.put_new(f"leases/{name}/{newest + 1:06}.json", {"place": "elsewhere"})
+
+    target = Pretended(meanwhile=replaced)
+    with pytest.raises(lease.LostError):
+        release.run(checkout.params(), target)
+    assert target.calls[-1] == "shift 20"
+    assert set(target.slots) == {"champion", "challenger"}
+    assert "rolled back" not in _events(held)
+
+
+def test_rolled_back_by_a_person_as_it_switches_what_is_served_follows_the_log(
+    held: Registry, checkout: Checkout
+) -> None:
+    def back(call: str) -> None:
+        if call == "switch":
+            promotion.roll_back(held, 2, "a person", "no")
+
+    target = Pretended(meanwhile=back)
+    release.run(checkout.params(), target)
+    assert (_champion(held), target.slots) == (1, {"champion": held.version(1).tags["bundle"]})
+
+
+def test_the_commands_of_promotion_see_and_mend_what_is_served(
+    held: Registry,
+    checkout: Checkout,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = Pretended()
+    monkeypatch.setattr(targets, "of", lambda params: target)
+    bundles = {number: held.version(number).tags["bundle"] for number in (1, 2)}
+    target.slots = {"champion": bundles[2]}
+    assert promotion.main(["status"]) == 0
+    said = f"bundle {bundles[2][:12]} is served as champion; run reconcile"
+    assert said in capsys.readouterr().out
+    for verb, champion in (
+        (["reconcile"], 1),
+        (["promote", "2", "--replaces", "1"], 2),
+        (["roll-back", "--replaces", "2"], 1),
+    ):
+        assert promotion.main(verb) == 0
+        assert target.slots == {"champion": bundles[champion]}
+        assert "run reconcile" not in capsys.readouterr().out
 
 
 def test_a_release_of_other_versions_is_over(held: Registry, checkout: Checkout) -> None:

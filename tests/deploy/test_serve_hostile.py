@@ -43,6 +43,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with serving(place / "home", *arguments, read_seconds=1, log_share=0.0) as made:
         yield made
         assert made.logs("Exception in ASGI application") == []
+        assert made.logs("a fault of the service") == []
         assert made.metric("headrace_fallback_total") == 0
         for route in ("predict", "infer"):
             assert made.metric("headrace_requests_total", route=route, status="500") == 0

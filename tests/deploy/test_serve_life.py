@@ -1,5 +1,6 @@
 """A replica's life: what it refuses to serve, changing bundles under load, draining, keys."""
 
+import asyncio
 import hashlib
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 from deploy import bundles
@@ -19,8 +21,13 @@ from deploy.replica import Replica, serving, until
 from world import ROOT
 
 from pipelines import bundle, signing, stage, tables
-from pipelines.deploy.serve.keys import Key
+from pipelines.deploy.serve import routes
+from pipelines.deploy.serve.keys import Key, Keys
+from pipelines.deploy.serve.model import Holder, Named
 from pipelines.deploy.serve.refusal import Refusal
+from pipelines.deploy.serve.service import Service
+from pipelines.errors import UserError
+from pipelines.params import Params
 
 ROW = {"origin": "JFK", "x": 0.5, "y": None}
 
@@ -112,7 +119,7 @@ def test_what_is_refused_changes_nothing_and_is_counted(tmp_path: Path) -> None:
         assert len(replica.logs("bundle refused")) == len(refused)
 
 
-@pytest.mark.parametrize("how", ["changed", "unsigned", "replayed", "not JSON", "no fallback"])
+@pytest.mark.parametrize("how", ["changed", "unsigned", "replayed", "not JSON"])
 def test_a_replica_does_not_start_with_what_it_must_refuse(tmp_path: Path, how: str) -> None:
     digest = bundles.make(tmp_path / "bundle-1")
     slot = _slot(tmp_path, 1, digest)
@@ -125,8 +132,6 @@ def test_a_replica_does_not_start_with_what_it_must_refuse(tmp_path: Path, how: 
         arguments += ("--at-least", 2)
     if how == "not JSON":
         slot.write_bytes(b"\x80\x04K\x01.")
-    if how == "no fallback":
-        arguments += ("--fallback", tmp_path / "nowhere", "--fallback-digest", digest)
     replica = Replica(tmp_path / "home")
     replica.configure()
     replica.start(*arguments)
@@ -173,8 +178,11 @@ def test_without_another_bundle_the_base_rate_answers(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").write_text("x")
     capture = {"share": 1.0, "folder": "file", "seconds": 1}
-    arguments = ("--bundle", tmp_path / "bundle", "--digest", digest)
+    # One that is damaged is none, and no reason not to serve.
+    spare = ("--fallback", tmp_path / "nowhere", "--fallback-digest", digest)
+    arguments = ("--bundle", tmp_path / "bundle", "--digest", digest, *spare)
     with serving(tmp_path / "home", *arguments, capture=capture) as replica:
+        assert len(replica.logs("fallback refused")) == 1
         answer = replica.post("/predict", {"records": [ROW, ROW | {"x": -5000}]})
         assert answer.status == 200
         assert answer.json["fallback"] == "base rate"
@@ -232,6 +240,32 @@ def _make_key(replica: Replica, name: str) -> "subprocess.CompletedProcess[str]"
         [sys.executable, "-m", "pipelines.deploy.serve.keys", name],
         cwd=replica.folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+def test_a_key_with_no_requests_at_all_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice {'0' * 64} 0\n")
+    with pytest.raises(UserError, match="line 1: expected: name sha256"):
+        Keys(file, None)
+
+
+def test_a_fault_of_the_service_is_counted_and_shows_nothing(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = bundles.make(tmp_path / "bundle")
+    holder = Holder(lambda: Named(tmp_path / "bundle", digest), None, params.serve)
+    service = Service(params.serve, holder, None)
+    monkeypatch.setattr(service.bodies, "read", lambda *_: {}["a secret"])
+    app = routes.Door(routes.build(service))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.post("/predict", json=ROW)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()) == (500, {"error": "a fault of the service"})
+    assert service.metrics.requests["predict", "500"] == 1
 
 
 def test_a_bucket_gives_its_rate_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def update(root, source):
         travelled += len(fresh)
     (partial / "channel.json").write_bytes(content)
     (partial / "slot").write_text(name)
-    answer(partial, root, [{}])  # what is not as signed, or cannot answer, is not taken
+    answer(partial, root)  # what is not as signed, or cannot answer, is not taken
     os.sync()
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -142,8 +142,8 @@ def update(root, source):
     return travelled
 
 
-def answer(release, root, rows):
-    """The bundle that answers and the probability of each record; what one lacks is missing."""
+def answer(release, root, rows=None):
+    """The bundle that answers and the probability of each record, or of one of missing values."""
     import numpy as np
     import onnxruntime
 
@@ -153,14 +153,18 @@ def answer(release, root, rows):
             raise UserError(f"{file} is not as it was signed")
     contract = json.loads((release / "bundle.json").read_text())
     columns = {column["name"]: column["type"] for column in contract["columns"]}
+    rows, feed = [dict.fromkeys(columns)] if rows is None else rows, {}
     for number, row in enumerate(rows, start=1):
-        if unknown := set(row) - set(columns):
-            raise UserError(f"row {number}: column {min(unknown)} is not of the contract")
-    feed = {}
+        if wrong := set(row if isinstance(row, dict) else ()) ^ set(columns):
+            raise UserError(f"row {number}: column {min(wrong)} is missing, or not of the contract")
     for name, kind in columns.items():
-        blank, dtype = ("", object) if kind == "string" else (np.nan, np.float32)
-        values = (row.get(name) for row in rows)
-        feed[name] = np.array([blank if value is None else value for value in values], dtype)
+        text = kind == "string"
+        blank, wanted, dtype = ("", str, object) if text else (np.nan, float, np.float32)
+        values = [blank if row[name] is None else row[name] for row in rows]
+        for number, value in enumerate(values, start=1):
+            if not (isinstance(value, wanted) or (wanted is float and type(value) is int)):
+                raise UserError(f"row {number}: {name} is {value!r}; expected {kind}")
+        feed[name] = np.array(values, dtype)
     session = onnxruntime.InferenceSession(release / "model.onnx")
     return slot["bundle"], [float(value) for value in session.run(None, feed)[0]]
 
@@ -168,11 +172,7 @@ def answer(release, root, rows):
 def score(root, lines):
     """Answer, and note it in answered.jsonl for whoever asks the device."""
     begun = time.perf_counter()
-    try:
-        rows = [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"expected a JSON record on each line: {error}") from None
-    bundle, found = answer(root / "current", root, rows)
+    bundle, found = answer(root / "current", root, [json.loads(line) for line in lines])
     note = {"bundle": bundle, "seconds": time.perf_counter() - begun, "predictions": found}
     note["memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with (root / "answered.jsonl").open("a") as file:

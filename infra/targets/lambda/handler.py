@@ -71,18 +71,19 @@ def read(event):
 
 
 def tensors(records):
-    """The columns of the contract; what a record does not say is missing."""
+    """The columns of the contract, as the service takes them: all, and null where missing."""
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(f"record {number}: expected an object")
-        if unknown := set(record) - set(COLUMNS):
-            raise ValueError(f"record {number}: column {min(unknown)} is not of the contract")
+        if wrong := set(record) ^ set(COLUMNS):
+            said = "is missing" if min(wrong) in COLUMNS else "is not of the contract"
+            raise ValueError(f"record {number}: column {min(wrong)} {said}")
     return {name: column(name, kind, records) for name, kind in COLUMNS.items()}
 
 
 def column(name, kind, records):
     wanted, blank, dtype = (str, "", object) if kind == "string" else (float, np.nan, np.float32)
-    values = [record.get(name) for record in records]
+    values = [record[name] for record in records]
     for number, value in enumerate(values):
         right = isinstance(value, wanted) or (wanted is float and type(value) is int)
         if value is not None and not right:

@@ -1,6 +1,6 @@
 """serve: one replica of the service.
 
-in:   a bundle and its hash, or a slot file that names a signed version; params.yaml -> serve
+in:   a bundle and its hash, or a slot file that names a signed version; params.yaml → serve
 out:  /predict, the Open Inference Protocol under /v2, /metrics, /openapi.json on one port;
       captured requests under serve.capture.folder; logs on standard error
 run:  python -m pipelines.deploy.serve --bundle models/bundle --digest HASH --port 8001
@@ -17,12 +17,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from pipelines import params as parameters
 from pipelines import stage
@@ -34,6 +35,7 @@ from pipelines.errors import UserError
 from pipelines.params import Serve
 
 log = logging.getLogger("headrace")
+Around = Callable[[ASGIApp], ASGIApp]
 # Longer than Envoy or any client keeps an idle connection: it must not close as a request comes.
 IDLE_SECONDS = 600
 
@@ -49,14 +51,14 @@ class _Server(uvicorn.Server):
 class Replica:
     """The process around a service: its signals and what runs beside."""
 
-    def __init__(self, service: Service, port: int) -> None:
+    def __init__(self, service: Service, host: str, port: int, around: Around) -> None:
         self.service = service
         params = service.params
         connection.Connection.largest = connection.allow(params.max_connections)
         self.server = _Server(
             uvicorn.Config(
-                routes.Door(routes.build(service)),
-                host=params.host,
+                around(routes.Door(routes.build(service))),
+                host=host,
                 port=port,
                 http=connection.Connection,
                 ws="none",
@@ -129,7 +131,7 @@ def keys_of(params: Serve) -> Keys | None:
     return None if params.keys is None else Keys(Path(params.keys), params.rate_limit)
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.deploy.serve",
         description=__doc__,
@@ -144,9 +146,11 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fallback", type=Path, help="the bundle that answers where it faults")
     parser.add_argument("--fallback-digest", help="the hash that it must have")
+    parser.add_argument("--host", default="127.0.0.1", help="where it listens: %(default)s")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--open", action="store_true", help="ask for no key, whatever serve.keys")
     parser.add_argument("--with-parent", action="store_true", help="end when standard input ends")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if (given.slot is None) == (given.bundle is None):
         parser.error("expected either --bundle or --slot")
     if (given.bundle is None, given.fallback is None) != (
@@ -157,8 +161,10 @@ def read_arguments() -> argparse.Namespace:
     return given
 
 
-def serve(given: argparse.Namespace) -> None:
+def serve(given: argparse.Namespace, around: Around) -> None:
     params = parameters.load().serve
+    if given.open:
+        params = params.model_copy(update={"keys": None})
 
     def find() -> Named:
         if given.slot is not None:
@@ -171,18 +177,19 @@ def serve(given: argparse.Namespace) -> None:
         holder = Holder(find, fallback, params)
         service = Service(params, holder, keys_of(params))
         log.info("serving", extra={"fields": {"bundle": holder.current.digest}})
-        await Replica(service, given.port).run(given.with_parent)
+        await Replica(service, given.host, given.port, around).run(given.with_parent)
 
     uvloop.run(run())
 
 
-def main() -> int:
-    given = read_arguments()
+def main(arguments: Sequence[str] | None = None, around: Around = lambda app: app) -> int:
+    """Serve until told to end; `around` may speak another protocol before the application."""
+    given = read_arguments(arguments)
     # Who asks before there is a service to change means what it will load anyway.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with logs.written():
-            serve(given)
+            serve(given, around)
     except UserError as error:
         print(f"serve: error: {error}", file=sys.stderr)
         return 2

@@ -59,7 +59,9 @@ class Keys:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: {error}; expected the file of API keys") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            make = "python -m pipelines.deploy.serve.keys NAME"
+            raise UserError(f"{file}: {why}; expected the file of API keys: {make}") from None
         self.keys = [
             _parsed(file, number, line, rate)
             for number, line in enumerate(lines, start=1)
@@ -84,8 +86,10 @@ class Keys:
 
 def _parsed(file: Path, number: int, line: str, rate: float | None) -> Key:
     parts = _LINE.fullmatch(line.strip())
-    if parts is None:
-        raise UserError(f"{file}, line {number}: expected: name sha256 [requests per second]")
+    if parts is None or (parts[3] is not None and not float(parts[3])):
+        raise UserError(
+            f"{file}, line {number}: expected: name sha256 [requests per second, more than 0]"
+        )
     name, digest, own = parts.groups()
     return Key(name, bytes.fromhex(digest), float(own) if own else rate)
 

@@ -120,7 +120,12 @@ class Holder:
     def __init__(self, find: Callable[[], Named], fallback: Named | None, params: Serve) -> None:
         self.find, self.params = find, params
         self.current = load(find(), params)
-        self.fallback = None if fallback is None else load(fallback, params)
+        self.fallback = None
+        if fallback is not None:
+            try:
+                self.fallback = load(fallback, params)
+            except UserError as error:  # the base rate still answers in its place
+                log.error("fallback refused", extra={"fields": {"reason": str(error)}})
 
     def reload(self) -> bool:
         """Change to the bundle that is named now. False, and nothing changed, if it is refused."""

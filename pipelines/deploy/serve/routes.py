@@ -183,10 +183,13 @@ def _told(app: FastAPI, service: Service) -> None:
         headers = {"x-bundle": service.holder.current.digest}
         return JSONResponse({"ready": not service.draining}, status, headers)
 
-    @app.get("/v2/models/{name}/versions/{version}/ready", responses=_refusals(404))
-    @app.get("/v2/models/{name}/ready", responses=_refusals(404))
-    async def model_ready(name: str, version: str | None = None) -> ModelReady:
-        return ModelReady(name=service.model(name, version).name, ready=not service.draining)
+    told = {200: {"model": ModelReady}, 503: {"model": ModelReady}} | _refusals(404)
+
+    @app.get("/v2/models/{name}/versions/{version}/ready", responses=told)
+    @app.get("/v2/models/{name}/ready", responses=told)
+    async def model_ready(name: str, version: str | None = None) -> JSONResponse:
+        model, ready = service.model(name, version), not service.draining
+        return JSONResponse({"name": model.name, "ready": ready}, 200 if ready else 503)
 
     @app.get("/v2/models/{name}/versions/{version}", responses=_refusals(404))
     @app.get("/v2/models/{name}", responses=_refusals(404))

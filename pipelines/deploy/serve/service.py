@@ -80,9 +80,10 @@ class Service:
             model = self.model(**named) if named else self.holder.current
             columns, given_id = read(model, body)
         except Refusal as refusal:
-            self.metrics.refused(route, refusal.status)
-            _log(request_id, route, refusal.status, refusal.line)
-            return refused(refusal, request_id)
+            return self._refused(request_id, route, refusal)
+        except Exception:
+            log.exception("a fault of the service", extra={"fields": {"request": request_id}})
+            return self._refused(request_id, route, Refusal(500, "a fault of the service"))
         answer, by = await self._ask(model, columns)
         content = write(model, answer, by, given_id)
         seconds = time.perf_counter() - begun
@@ -94,6 +95,11 @@ class Service:
         if share < self.params.log_share:
             _log(request_id, route, 200, rows=columns.rows, seconds=round(seconds, 6))
         return Response(content, 200, self._headers(request_id, model), "application/json")
+
+    def _refused(self, request_id: str, route: str, refusal: Refusal) -> Response:
+        self.metrics.refused(route, refusal.status)
+        _log(request_id, route, refusal.status, refusal.line)
+        return refused(refusal, request_id)
 
     def _headers(self, request_id: str, model: Model) -> dict[str, str]:
         headers = {"x-request-id": request_id, "x-bundle": model.digest}

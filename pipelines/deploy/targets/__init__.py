@@ -4,13 +4,18 @@ A target has two slots, champion and challenger. Whatever it is told may be told
 time changes nothing. What it reports is read from what runs, not from what it was told.
 """
 
+import tempfile
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipelines.errors import UserError
 from pipelines.params import Params
+
+if TYPE_CHECKING:
+    from pipelines.deploy.registry import Registry
 
 # The word of release.target, and the module whose `target(params)` it is.
 MODULES = {
@@ -21,6 +26,7 @@ MODULES = {
     "edge": "pipelines.deploy.targets.edge",
 }
 Slot = Literal["champion", "challenger"]
+READY = 120.0  # seconds until what was started has to be healthy
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Target(Protocol):
     """Where the slots are served."""
 
     def up(self) -> bool:
-        """Whether there is anything that can serve. Where not, there is no traffic to judge by."""
+        """Whether there is anything that can serve, if nothing but a first champion is started.
+        Where not, there is no traffic to judge by.
+        """
 
     def start(self, slot: Slot, release: Release) -> None:
         """Serve the release in the slot; returns once asked, before it is ready."""
@@ -78,6 +86,22 @@ class Target(Protocol):
 
     def observe(self) -> dict[Slot, Observation]:
         """What each slot answered; one that cannot be read is absent."""
+
+
+def serve(target: Target, held: "Registry", slot: Slot, version: int) -> str:
+    """Bring a version to the target, and wait until it answers in the slot. Returns its hash.
+
+    Raises UserError where it does not within READY seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        digest = held.bring(version, Path(folder))
+        target.start(slot, Release(held.model, version, digest, Path(folder)))
+    begun = time.monotonic()
+    while not target.healthy(slot):
+        if time.monotonic() - begun > READY:
+            raise UserError(f"version {version} was not ready as {slot} within {READY:.0f} s")
+        time.sleep(0.2)
+    return digest
 
 
 def of(params: Params) -> Target:

@@ -1,4 +1,4 @@
-"""params.yaml for a container: as it is, but for where a service listens and where keys lie."""
+"""params.yaml for a container: as it is, but for where keys lie."""
 
 import yaml
 
@@ -10,7 +10,6 @@ KEYS = "/etc/headrace/keys"
 def settings(params: Params) -> str:
     """The text of the file."""
     values = params.model_dump(mode="json", by_alias=True)
-    values["serve"] |= {"host": "0.0.0.0"}
     if params.serve.keys is not None:
         values["serve"] |= {"keys": KEYS}
     return yaml.safe_dump(values, sort_keys=False)

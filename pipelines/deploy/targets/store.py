@@ -33,6 +33,8 @@ def put(url: str, release: Release) -> str:
 def get(url: str, digest: str, folder: Path) -> None:
     """Bring a bundle to `folder`, whole or not at all. Raises UserError where it is another."""
     client, bucket, prefix = _opened(url)
+    if folder.exists() and not {one.name for one in folder.iterdir()} <= bundle.LARGEST.keys():
+        raise UserError(f"{folder} holds other things than a bundle; expected a new folder")
     with stage.fresh(folder) as made:
         for name in bundle.LARGEST:
             try:
@@ -62,7 +64,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where it shall lie")
     given = parser.parse_args()
     try:
-        get(given.store, given.digest, given.folder)
+        get(given.store, given.digest, given.folder.resolve())
     except UserError as error:
         print(f"store: error: {error}", file=sys.stderr)
         return 2

@@ -56,6 +56,7 @@ class Compliance:
         raise NotImplementedError("a target's test gives this fixture")
 
     def test_what_was_not_started_is_not_healthy(self, place: Place) -> None:
+        assert place.target.up()  # it can serve a first champion
         assert not place.target.healthy("champion")
         assert not place.target.healthy("challenger")
         assert place.target.serving() == {}

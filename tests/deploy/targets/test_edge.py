@@ -30,7 +30,12 @@ from pipelines.deploy.targets import Release, edge
 from pipelines.deploy.targets.edge import Edge
 from pipelines.errors import UserError
 
-ROWS = [{"origin": "EWR", "delay": 3.5}, {"origin": "never seen", "temp": -1.0}, {}]
+MISSING = {"origin": None, "delay": None, "temp": None}
+ROWS = [
+    MISSING | {"origin": "EWR", "delay": 3.5},
+    MISSING | {"origin": "never seen", "temp": -1},
+    MISSING,
+]
 
 
 def runner() -> ModuleType:
@@ -73,8 +78,9 @@ class TestEdge(Compliance):
                 fleet.setdefault(RUN.slot_of(channel, name), []).append(name)
             for devices in fleet.values():  # one device of each slot answers for all of them
                 root = tmp_path / "device"
+                shutil.rmtree(root, ignore_errors=True)
                 target.install(devices[0], root)
-                RUN.score(root, ["{}"] * len(devices))
+                RUN.score(root, [json.dumps(MISSING)] * len(devices))
                 brought = target.folder / "answered" / f"{devices[0]}.jsonl"
                 brought.parent.mkdir(exist_ok=True)
                 shutil.copy(root / "answered.jsonl", brought)
@@ -119,6 +125,15 @@ def expected(release: Release) -> list[float]:
     return [float(value) for value in bundle.load(release.folder).predict(table)]
 
 
+def test_a_folder_that_is_there_is_not_replaced(device: Path, channel: Edge) -> None:
+    """It may hold what was answered, and it may be anybody's."""
+    scored(device)
+    held = (device / "answered.jsonl").read_text()
+    with pytest.raises(UserError, match="exists; expected a new folder for the device device-1"):
+        channel.install("device-1", device)
+    assert (device / "answered.jsonl").read_text() == held
+
+
 def test_the_runner_is_short() -> None:
     assert len(edge.RUNNER.read_text().splitlines()) <= 200
 
@@ -156,6 +171,24 @@ print(*[name for name, file in files.items() if "site-packages" in str(file)], f
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{", "Expecting property name"),
+        ("3", "row 1: column delay is missing, or not of the contract"),
+        (json.dumps(MISSING | {"a": 1}), "row 1: column a is missing, or not of the contract"),
+        ("{}", "row 1: column delay is missing, or not of the contract"),
+        (json.dumps(MISSING | {"delay": "late"}), "row 1: delay is 'late'; expected float32"),
+        (json.dumps(MISSING | {"origin": 3}), "row 1: origin is 3; expected string"),
+    ],
+)
+def test_what_breaks_the_contract_is_one_line(device: Path, row: str, said: str) -> None:
+    done = told(device, "score", given=row)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"run.py: error: {said}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "bundle.json", "run.py"])
@@ -282,18 +315,6 @@ def test_int8_goes_to_devices_only_if_it_loses_little(
     model, about = edge.smaller(releases[0].folder, tmp_path)
     assert about["type"] == "float32"
     assert model == releases[0].folder / bundle.MODEL
-
-
-def test_a_mistake_in_a_row_is_one_line(device: Path) -> None:
-    for given_, said in (
-        ('{"orign": "EWR"}', "row 1: column orign is not of the contract"),
-        ("{", "expected a JSON record on each line"),
-        ('{"delay": "late"}', "could not convert"),
-    ):
-        done = told(device, "score", given=given_)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
 
 
 def test_nothing_mirrors_what_a_device_answers(channel: Edge) -> None:

@@ -135,7 +135,6 @@ def test_a_pod_is_given_params_that_are_read(
     (settings,) = (one for one in objects if one["kind"] == "ConfigMap")
     (tmp_path / "params.yaml").write_text(settings["data"]["params.yaml"])
     read = parameters.load(tmp_path / "params.yaml")
-    assert read.serve.host == "0.0.0.0"
     assert read.serve.max_rows == params.serve.max_rows
     assert read.dataset == params.dataset
 

@@ -26,7 +26,7 @@ from pipelines.deploy.targets.lambda_ import Lambda
 from pipelines.errors import UserError
 from pipelines.params import Params
 
-RECORD = {"origin": "EWR", "delay": 3.5}
+RECORD = {"origin": "EWR", "delay": 3.5, "temp": None}
 GROUP = "/aws/lambda/headrace-flights"
 
 
@@ -164,9 +164,10 @@ def test_a_call_is_answered_as_the_bundle_does(up: Lambda, releases: list[Releas
     ("body", "said"),
     [
         ("{", "Expecting property name"),
-        ('{"orign": "EWR"}', "record 0: column orign is not of the contract"),
-        ('{"delay": "late"}', "record 0: delay is 'late'; expected float32"),
-        ('{"delay": true}', "record 0: delay is True; expected float32"),
+        (json.dumps(RECORD | {"a": 1}), "record 0: column a is not of the contract"),
+        ('{"origin": "EWR", "delay": 3.5}', "record 0: column temp is missing"),
+        (json.dumps(RECORD | {"delay": "late"}), "record 0: delay is 'late'; expected float32"),
+        (json.dumps(RECORD | {"delay": True}), "record 0: delay is True; expected float32"),
         ('{"records": []}', "expected a list of at least one record"),
         ('{"records": [3]}', "record 0: expected an object"),
         ("[1]", "object"),
@@ -195,7 +196,7 @@ def test_a_bundle_that_is_not_its_name_is_not_published(
     wrong = Release("flights", 3, "0" * 64, releases[0].folder)
     with pytest.raises(UserError, match="its hash is"):
         target.start("champion", wrong)
-    assert not target.up()
+    assert target.serving() == {}
 
 
 def test_the_share_is_a_weight_of_the_alias(up: Lambda, releases: list[Release]) -> None:
