@@ -42,7 +42,7 @@ KILL_EVERY = 20.0
 RESTARTS = 20
 ROWS = 500
 # So many real looks at two slots that are alike, from which releases are drawn.
-LOOKS, DRAWN, LIVE = 120, 20, 1
+LOOKS, DRAWN, LIVE = 120, 20, 20
 Change = Callable[[ModelProto], None]
 
 
@@ -242,12 +242,12 @@ def load(home: Home) -> None:
         home.challenge(bad)
         seconds, said = released(home)
         told.append(f"bad release: {said} ({seconds:.0f} s)")
-        while time.monotonic() - begun < MINUTES * 60:
+        while time.monotonic() - begun < MINUTES * 60 or restarting.is_alive():
             time.sleep(0.5)
         over.set()
-        for one in (killing, restarting):
-            one.join()
-    print(f"\n{MINUTES} minutes at {RATE:.0f} requests/s: {callers.says()}")
+        killing.join()
+        minutes = (time.monotonic() - begun) / 60
+    print(f"\n{minutes:.1f} minutes at {RATE:.0f} requests/s: {callers.says()}")
     for line in told:
         print(f"  {line}")
     by = {digest[:12]: count for digest, count in callers.answered.items()}
@@ -266,7 +266,7 @@ def _kill(here: Served, over: threading.Event, told: list[str]) -> None:
 
 def _restart(here: Served, over: threading.Event, told: list[str]) -> None:
     done = 0
-    while done < RESTARTS and not over.is_set():
+    while done < RESTARTS:
         next_one = time.monotonic() + MINUTES * 60 / (RESTARTS + 1)
         here.target.restart()
         done += 1

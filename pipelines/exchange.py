@@ -8,6 +8,7 @@ Every write is whole or absent, and `put_new` has one winner: on these two every
     made/<stage>/<key>.json        who computed these inputs before, whatever the run
     leases/<name>/<generation>.json  who computes now
     champions/<model>-<created>/<number>.json  who was champion, one after another
+    releases/<model>-<created>/<release>/<line>.json  what a release did
 """
 
 import hashlib

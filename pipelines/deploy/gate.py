@@ -3,14 +3,15 @@ the version.
 
 in:   models/bundle/, data/features/, the verdicts of validate, evaluate and package, and the
       champion's bundle from the registry
-out:  tags `gate`, `gate_reason`, `gate_against` and `gate_data` of the version; the evidence in
-      reports/gate/record.json; exit 2 where it may not
+out:  tags `gate`, `gate_reason`, `gate_against`, `gate_data` and `gate_evidence` (JSON) of the
+      version; reports/gate/record.json; exit 2 where it may not
 run:  python -m pipelines.deploy.gate
 
 The checks of the run itself come first, then the budget of an answer on this machine. Then
 challenger and champion score the same test rows, which neither was fitted or tuned on.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -48,7 +49,8 @@ def run(params: Params) -> None:
     passed = not reasons
     reason = "; ".join(reasons) or _praise(evidence)
     tags = {"gate": "passed" if passed else "failed", "gate_reason": reason,
-            "gate_against": str(against or "none"), "gate_data": evidence["data"]}  # fmt: skip
+            "gate_against": str(against or "none"), "gate_data": evidence["data"],
+            "gate_evidence": json.dumps(evidence)}  # fmt: skip
     held.tag(number, tags)
     entry = {"model": held.model, "version": number, "bundle": digest, "against": against}
     entry |= {"gate": tags["gate"], "reason": reason, "evidence": evidence}

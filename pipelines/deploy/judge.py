@@ -209,7 +209,8 @@ def decide(case: Case, limits: Limits, seconds: float, elapsed: float, answers: 
     if found := faults(case, limits):
         return Verdict("bad", "; ".join(found))
     if elapsed >= seconds and answers >= limits.step_requests:
-        return Verdict("good", f"{answers} answers in {elapsed:.0f} s")
+        pairs = case.distances.all // 1000
+        return Verdict("good", f"{answers} answers in {elapsed:.0f} s; {pairs} pairs so far")
     if elapsed >= limits.limit_seconds:
         if not answers:
             return Verdict("bad", f"no traffic or no metrics in {elapsed:.0f} s")

@@ -22,6 +22,7 @@ from pipelines.deploy import approval, judge, promotion, registry, targets, trai
 from pipelines.deploy.judge import Case, Verdict
 from pipelines.deploy.mirrored import Mirrored
 from pipelines.deploy.registry import CHALLENGER, Entry, Registry
+from pipelines.deploy.shelf import Shelf
 from pipelines.deploy.targets import Slot, Target
 from pipelines.deploy.trail import Trail
 from pipelines.errors import UserError
@@ -81,8 +82,8 @@ class Controller:
             )
         with self._safe(found):
             ours = self._start("challenger", version)
-            captures = Path(self.params.serve.capture.folder)
-            self.mirrored = Mirrored(captures, Path(self.limits.labels), theirs, ours)
+            captures = Shelf(self.params.serve.capture.folder)
+            self.mirrored = Mirrored(captures, Shelf(self.limits.labels), theirs, ours)
             self._step_by_step(found, now, version)
         if not found.ended:
             self._finish(found)

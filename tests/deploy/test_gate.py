@@ -57,6 +57,7 @@ def test_the_first_version_has_nobody_to_beat(judged: Checkout) -> None:
     tags = _tags(judged, 1)
     assert (tags["gate"], tags["gate_against"]) == ("passed", "none")
     assert "there is no other champion" in tags["gate_reason"]
+    assert json.loads(tags["gate_evidence"]) == stage.read_json(gate.RECORD)["evidence"]
 
 
 def test_an_equal_challenger_passes_with_its_evidence(judged: Checkout) -> None:

@@ -1,20 +1,22 @@
 """Two answers to one request meet once, by its id; a label meets them when it comes."""
 
 import math
+import re
 import time
 from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pytest
 
-from pipelines import tables
 from pipelines.bundle import PREDICTION
 from pipelines.deploy.mirrored import Mirrored
+from pipelines.deploy.shelf import Shelf
 
 CHAMPION, CHALLENGER = "a" * 64, "b" * 64
 
 
-def _capture(folder: Path, digest: str, answers: dict[str, float | None]) -> None:
+def _capture(shelf: Shelf, digest: str, answers: dict[str, float | None]) -> None:
     table = pa.table(
         {
             "request_id": list(answers),
@@ -22,13 +24,19 @@ def _capture(folder: Path, digest: str, answers: dict[str, float | None]) -> Non
             PREDICTION: pa.array(list(answers.values()), pa.float32()),
         }
     )
-    folder.mkdir(exist_ok=True)
-    tables.write(table, folder / f"{time.time_ns()}-1-abcd-{digest[:12]}.parquet")
+    shelf.put(f"{time.time_ns()}-1-abcd-{digest[:12]}.parquet", table)
 
 
-@pytest.fixture
-def mirrored(tmp_path: Path) -> Mirrored:
-    return Mirrored(tmp_path / "captures", tmp_path / "labels", CHAMPION, CHALLENGER)
+@pytest.fixture(params=["folder", "bucket"])
+def mirrored(request: pytest.FixtureRequest, tmp_path: Path) -> Mirrored:
+    place = str(tmp_path)
+    if request.param == "bucket":
+        request.getfixturevalue("s3")
+        bucket = re.sub(r"[^a-z0-9]+", "-", tmp_path.name.lower()).strip("-")
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        place = f"s3://{bucket}/some"
+    captures, labels = Shelf(f"{place}/captures"), Shelf(f"{place}/labels")
+    return Mirrored(captures, labels, CHAMPION, CHALLENGER)
 
 
 def test_each_pair_is_told_once(mirrored: Mirrored) -> None:
@@ -46,9 +54,8 @@ def test_a_label_that_comes_later_is_a_difference_of_log_loss(mirrored: Mirrored
     _capture(mirrored.captures, CHAMPION, {"late": 0.8, "on time": 0.2})
     _capture(mirrored.captures, CHALLENGER, {"late": 0.4, "on time": 0.2})
     mirrored.look()
-    mirrored.labels.mkdir()
     labels = {"request_id": ["late", "on time", "unknown"], "row": [0, 0, 0], "label": [1, 0, 1]}
-    tables.write(pa.table(labels), mirrored.labels / "today.parquet")
+    mirrored.labels.put("today.parquet", pa.table(labels))
     _, losses = mirrored.look()
     assert losses == pytest.approx([math.log(0.8 / 0.4), 0.0])
     assert mirrored.look() == ([], [])

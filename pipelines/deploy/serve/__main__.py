@@ -36,7 +36,8 @@ from pipelines.params import Serve
 
 log = logging.getLogger("headrace")
 Around = Callable[[ASGIApp], ASGIApp]
-# Longer than Envoy or any client keeps an idle connection: it must not close as a request comes.
+# Longer than Envoy keeps an idle connection (infra/envoy/cluster.yaml): it must not close as a
+# request comes.
 IDLE_SECONDS = 600
 
 

@@ -1,9 +1,9 @@
 """Capture: a share of the requests with their answers, as Parquet, for monitoring.
 
 A request is kept by the hash of its id, so that champion and challenger keep the same ones of the
-mirrored. A file is written whole (beside, then renamed), off the event loop, every so many rows or
-seconds, and when the replica ends. What cannot be written is dropped and counted: no request ever
-waits or fails for it.
+mirrored. A file is put on the shelf of `serve.capture.folder`, whole, off the event loop, every so
+many rows or seconds, and when the replica ends. What cannot be written is dropped and counted: no
+request ever waits or fails for it.
 
     request_id, row     which request, and which row of it
     at                  when it was answered, UTC
@@ -21,17 +21,17 @@ import time
 import zlib
 from collections import defaultdict
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines import stage, tables
+from pipelines import stage
 from pipelines.bundle import PREDICTION
 from pipelines.deploy.serve.contract import Columns
 from pipelines.deploy.serve.metrics import Metrics
 from pipelines.deploy.serve.model import Model, Probabilities
+from pipelines.deploy.shelf import Shelf
 from pipelines.params import Capture as Settings
 
 log = logging.getLogger("headrace")
@@ -60,6 +60,7 @@ class Capture:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
+        self.shelf = Shelf(settings.folder)
         self.waiting: list[Kept] = []
         self.rows = 0
         self.enough = asyncio.Event()
@@ -92,17 +93,15 @@ class Capture:
             rows = sum(kept.columns.rows for kept in group)
             name = f"{time.time_ns()}-{os.getpid()}-{secrets.token_hex(4)}-{digest[:12]}.parquet"
             try:
-                await asyncio.to_thread(_write, group, Path(self.settings.folder) / name)
+                await asyncio.to_thread(self._put, name, group)
                 self.metrics.captured["written"] += rows
             except Exception as error:
                 self.metrics.captured["dropped"] += rows
                 fields = {"rows": rows, "fault": stage.one_line(error)}
                 log.error("capture dropped", extra={"fields": fields})
 
-
-def _write(group: list[Kept], path: Path) -> None:
-    with stage.whole(path) as partial:
-        tables.write(table(group), partial)
+    def _put(self, name: str, group: list[Kept]) -> None:
+        self.shelf.put(name, table(group))
 
 
 def table(group: list[Kept]) -> pa.Table:

@@ -1,0 +1,65 @@
+"""A shelf: Parquet files under names, each whole or absent, in a folder or in a bucket.
+
+Who serves puts captures on it, and who judges reads them: where the two share no disk, as on
+Kubernetes, it is s3://bucket/prefix. Credentials come from the usual AWS chain.
+"""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import stage, tables
+
+
+class Shelf:
+    """The shelf at a folder, or at s3://bucket/prefix."""
+
+    def __init__(self, place: str) -> None:
+        parts = urlparse(place)
+        self.bucket = parts.netloc if parts.scheme == "s3" else ""
+        self.prefix = f"{parts.path.strip('/')}/".lstrip("/")
+        self.folder = Path(place)
+
+    def put(self, name: str, table: pa.Table) -> None:
+        if not self.bucket:
+            with stage.whole(self.folder / name) as partial:
+                tables.write(table, partial)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            tables.write(table, made := Path(folder) / name)
+            key = self.prefix + name
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=made.read_bytes())
+
+    def names(self, after: str = "") -> list[str]:
+        """The names in order, of those that come after one."""
+        if not self.bucket:
+            found = [file.name for file in self.folder.glob("*.parquet")]
+            # What is still being written begins with a dot.
+            return sorted(name for name in found if name > after and not name.startswith("."))
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.prefix, StartAfter=self.prefix + after
+        )
+        keys = [one["Key"] for page in pages for one in page.get("Contents", [])]
+        return [key.removeprefix(self.prefix) for key in keys if key.endswith(".parquet")]
+
+    def read(self, name: str, columns: Sequence[str]) -> pa.Table:
+        if not self.bucket:
+            return pq.read_table(self.folder / name, columns=list(columns))
+        found = self._client.get_object(Bucket=self.bucket, Key=self.prefix + name)
+        return pq.read_table(io.BytesIO(found["Body"].read()), columns=list(columns))
+
+    @cached_property
+    def _client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        # A replica drops what it cannot write: it must know soon.
+        patience = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2})
+        return boto3.client("s3", config=patience)
