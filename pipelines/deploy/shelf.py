@@ -10,21 +10,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import stage, tables
+from pipelines.deploy.targets import store
 
 
 class Shelf:
     """The shelf at a folder, or at s3://bucket/prefix."""
 
     def __init__(self, place: str) -> None:
-        parts = urlparse(place)
-        self.bucket = parts.netloc if parts.scheme == "s3" else ""
-        self.prefix = f"{parts.path.strip('/')}/".lstrip("/")
+        self.bucket, self.prefix = store.parted(place) if place.startswith("s3:") else ("", "")
         self.folder = Path(place)
 
     def put(self, name: str, table: pa.Table) -> None:

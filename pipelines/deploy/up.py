@@ -10,17 +10,15 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from pipelines import bundle, stage
-from pipelines.deploy import promotion, registry, serving
+from pipelines.deploy import promotion, registry, serving, targets
 from pipelines.deploy.serve.keys import Keys
 from pipelines.deploy.supervise import TICK, Supervisor
-from pipelines.deploy.targets import Release
 from pipelines.deploy.targets.local import Local
 from pipelines.errors import UserError
 from pipelines.params import Params
@@ -61,9 +59,7 @@ def begin(params: Params, target: Local) -> None:
         return
     if entry is None:
         raise UserError(f"{held.model} has no champion at {params.tracking.uri}; make it: make run")
-    with tempfile.TemporaryDirectory() as folder:
-        held.bring(entry.version, Path(folder))
-        target.start("champion", Release(held.model, entry.version, entry.bundle, Path(folder)))
+    targets.start(target, held, "champion", entry.version)
 
 
 def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:

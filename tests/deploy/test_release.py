@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from deploy.served import FAULTY, Served, served, until
-from deploy.tiny import make_bundle
+from deploy.tiny import make_bundle, two_versions
 from world import ROOT, Checkout
 
 from pipelines import lease, stage
-from pipelines.deploy import promotion, register, registry, release, targets, trail
+from pipelines.deploy import promotion, register, release, targets, trail
 from pipelines.deploy.registry import CHALLENGER, Registry
 from pipelines.deploy.targets import Observation, Release, Slot
 from pipelines.errors import UserError
@@ -106,13 +106,7 @@ def held(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setattr(release, "INTERVAL", 0.05)
     monkeypatch.setattr(lease, "LIFETIME", 2.0)
     checkout.set(release=QUICK)
-    for shift in (0.0, 0.1):
-        make_bundle(shift)
-        register.run(checkout.params())
-    found = registry.of(checkout.params())
-    promotion.reconcile(found)
-    found.tag(2, {"gate": "passed"})
-    return found
+    return two_versions(checkout.params())
 
 
 def _trail(held: Registry) -> trail.Trail:

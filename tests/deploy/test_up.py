@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from deploy.replica import until
 from deploy.served import free
-from deploy.tiny import make_bundle
+from deploy.tiny import two_versions
 from world import ROOT, Checkout
 
-from pipelines.deploy import promotion, register, registry
+from pipelines.deploy import promotion
 from pipelines.deploy.registry import Registry
 
 
@@ -27,13 +27,7 @@ def held(checkout: Checkout) -> Registry:
     """Version 1 is champion, version 2 has passed the gate; ports that nobody has."""
     traffic = free(checkout.params().traffic, replicas=1).model_dump()
     checkout.set(traffic=traffic, serve={"drain_seconds": 0.1})
-    for shift in (0.0, 0.1):
-        make_bundle(shift)
-        register.run(checkout.params())
-    found = registry.of(checkout.params())
-    promotion.reconcile(found)
-    found.tag(2, {"gate": "passed"})
-    return found
+    return two_versions(checkout.params())
 
 
 class Up:

@@ -7,6 +7,9 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 from pipelines import bundle, stage, tables
+from pipelines.deploy import promotion, register, registry
+from pipelines.deploy.registry import Registry
+from pipelines.params import Params
 
 
 def make_bundle(
@@ -48,3 +51,14 @@ def make_bundle(
     Path("models/fit").mkdir(exist_ok=True)
     Path("models/fit/weights").write_text("w")
     return stage.digest(bundle.FOLDER)
+
+
+def two_versions(params: Params) -> Registry:
+    """Version 1 is champion, version 2 has passed the gate."""
+    for shift in (0.0, 0.1):
+        make_bundle(shift)
+        register.run(params)
+    held = registry.of(params)
+    promotion.reconcile(held)
+    held.tag(2, {"gate": "passed"})
+    return held

@@ -79,22 +79,22 @@ class Service:
             named = request.path_params
             model = self.model(**named) if named else self.holder.current
             columns, given_id = read(model, body)
+            answer, by = await self._ask(model, columns)
+            content = write(model, answer, by, given_id)
+            seconds = time.perf_counter() - begun
+            self.metrics.asked(model.contract, columns)
+            self.metrics.answered(route, seconds, answer, by is not None)
+            share = share_of(request_id)
+            if share < self.params.capture.share:
+                self.capture.keep(Kept(request_id, time.time(), model, columns, answer, by))
+            if share < self.params.log_share:
+                _log(request_id, route, 200, rows=columns.rows, seconds=round(seconds, 6))
+            return Response(content, 200, self._headers(request_id, model), "application/json")
         except Refusal as refusal:
             return self._refused(request_id, route, refusal)
         except Exception:
             log.exception("a fault of the service", extra={"fields": {"request": request_id}})
             return self._refused(request_id, route, Refusal(500, "a fault of the service"))
-        answer, by = await self._ask(model, columns)
-        content = write(model, answer, by, given_id)
-        seconds = time.perf_counter() - begun
-        self.metrics.asked(model.contract, columns)
-        self.metrics.answered(route, seconds, answer, by is not None)
-        share = share_of(request_id)
-        if share < self.params.capture.share:
-            self.capture.keep(Kept(request_id, time.time(), model, columns, answer, by))
-        if share < self.params.log_share:
-            _log(request_id, route, 200, rows=columns.rows, seconds=round(seconds, 6))
-        return Response(content, 200, self._headers(request_id, model), "application/json")
 
     def _refused(self, request_id: str, route: str, refusal: Refusal) -> Response:
         self.metrics.refused(route, refusal.status)

@@ -88,14 +88,20 @@ class Target(Protocol):
         """What each slot answered; one that cannot be read is absent."""
 
 
-def serve(target: Target, held: "Registry", slot: Slot, version: int) -> str:
-    """Bring a version to the target, and wait until it answers in the slot. Returns its hash.
-
-    Raises UserError where it does not within READY seconds.
-    """
+def start(target: Target, held: "Registry", slot: Slot, version: int) -> str:
+    """Bring a version to the target, before it is ready. Returns its hash."""
     with tempfile.TemporaryDirectory() as folder:
         digest = held.bring(version, Path(folder))
         target.start(slot, Release(held.model, version, digest, Path(folder)))
+    return digest
+
+
+def serve(target: Target, held: "Registry", slot: Slot, version: int) -> str:
+    """Start a version, and wait until it answers in the slot. Returns its hash.
+
+    Raises UserError where it does not within READY seconds.
+    """
+    digest = start(target, held, slot, version)
     begun = time.monotonic()
     while not target.healthy(slot):
         if time.monotonic() - begun > READY:

@@ -44,15 +44,20 @@ def get(url: str, digest: str, folder: Path) -> None:
         bundle.verify(made, digest)
 
 
-def _opened(url: str) -> tuple[Any, str, str]:
-    """A client, the bucket, and the prefix with its slash."""
-    import boto3
-
+def parted(url: str) -> tuple[str, str]:
+    """The bucket, and the prefix with its slash. Raises UserError where it is no bucket."""
     parts = urlparse(url)
     if parts.scheme != "s3" or not parts.netloc:
         raise UserError(f"the store {url} is no bucket; expected s3://bucket/prefix")
     prefix = parts.path.strip("/")
-    return boto3.client("s3"), parts.netloc, f"{prefix}/" if prefix else ""
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _opened(url: str) -> tuple[Any, str, str]:
+    """A client, the bucket and the prefix."""
+    import boto3
+
+    return boto3.client("s3"), *parted(url)
 
 
 def main() -> int:

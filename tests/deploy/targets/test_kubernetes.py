@@ -120,6 +120,13 @@ def test_no_container_may_do_more_than_it_needs(objects: list[dict[str, Any]]) -
             assert "env" not in container  # no credential stands in a manifest
 
 
+def test_a_pod_hears_who_asks_from_outside(objects: list[dict[str, Any]]) -> None:
+    for one in objects:
+        if one["kind"] == "Deployment":
+            said = one["spec"]["template"]["spec"]["containers"][0]["args"]
+            assert said[said.index("--host") + 1] == "0.0.0.0"
+
+
 def test_a_pod_has_the_time_to_drain(params: Params, objects: list[dict[str, Any]]) -> None:
     for one in objects:
         if one["kind"] == "Deployment":
