@@ -23,6 +23,8 @@ BINS = 20
 SIDES = [(side, cut) for cut in range(1, BINS) for side in ("below", "above")]
 # The bound of "slow" is known once the champion gave so many answers; this share is slower.
 KNOWN, SLOW = 100, 0.05
+# Fewer pairs of answers than these could not show that a challenger contradicts the champion.
+PAIRS = 10
 # A log loss of more than this counts as this, and so its difference is bounded.
 WORST = 5.0
 
@@ -42,9 +44,13 @@ class Case:
     disagreement: Bet = field(default_factory=Bet)
     labels: Bet = field(default_factory=Bet)
     distances: Share = field(default_factory=Share)  # in thousandths
-    # The challenger's, as far as the champion's were there to compare.
+    # Predictions that the challenger gave, as far as the champion's were there to compare.
     answers: int = 0
     turn: int = 0
+
+    @property
+    def pairs(self) -> int:
+        return self.distances.all // 1000
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def hear(
         errors=case.errors.after(errors, allowed.errors, chance),
         latency=latency,
         predictions=predictions,
-        answers=case.answers + new["challenger"].requests,
+        answers=case.answers + new["challenger"].requests - errors["challenger"].marked,
     )
 
 
@@ -202,18 +208,24 @@ def _grown(case: Case, limits: Limits) -> list[str]:
     return found
 
 
-def decide(case: Case, limits: Limits, seconds: float, elapsed: float, answers: int) -> Verdict:
+def decide(
+    case: Case, limits: Limits, seconds: float, elapsed: float, answers: int, paired: bool
+) -> Verdict:
     """The verdict on a step of `seconds` that began `elapsed` seconds ago, with so many answers of
-    the challenger since that could be compared.
+    the challenger since that could be compared; and, if `paired`, enough of the two slots' to the
+    same requests since the release began.
     """
     if found := faults(case, limits):
         return Verdict("bad", "; ".join(found))
-    if elapsed >= seconds and answers >= limits.step_requests:
-        pairs = case.distances.all // 1000
-        return Verdict("good", f"{answers} answers in {elapsed:.0f} s; {pairs} pairs so far")
-    if elapsed >= limits.limit_seconds:
-        if not answers:
-            return Verdict("bad", f"no traffic or no metrics in {elapsed:.0f} s")
-        wanted = f"expected {limits.step_requests}"
-        return Verdict("bad", f"{answers} answers in {elapsed:.0f} s, {wanted}")
-    return Verdict("undecided", f"{answers} answers in {elapsed:.0f} s")
+    said = f"{answers} answers in {elapsed:.0f} s"
+    if paired:
+        said += f"; {case.pairs} pairs so far"
+    enough = answers >= limits.step_requests and (case.pairs >= PAIRS or not paired)
+    if elapsed >= seconds and enough:
+        return Verdict("good", said)
+    if elapsed < limits.limit_seconds:
+        return Verdict("undecided", said)
+    if not answers:
+        return Verdict("bad", f"no traffic or no metrics in {elapsed:.0f} s")
+    wanted = f"{PAIRS} pairs" if answers >= limits.step_requests else limits.step_requests
+    return Verdict("bad", f"{said}; expected {wanted}")

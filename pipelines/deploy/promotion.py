@@ -4,6 +4,7 @@ once.
     status                               the log, and whether the alias and what is served follow
     promote VERSION --replaces N         VERSION becomes champion in the place of N
     roll-back --replaces N               the champion before N comes back
+    challenge VERSION                    VERSION is challenger, though it was rolled back
     reconcile                            the alias, and what is served, follow the log
 
 run:  python -m pipelines.deploy.promotion --help
@@ -18,7 +19,14 @@ from typing import Any
 
 from pipelines import lease, stage
 from pipelines.deploy import approval, registry, targets
-from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
+from pipelines.deploy.registry import (
+    CHALLENGER,
+    CHAMPION,
+    ROLLED_BACK,
+    ConflictError,
+    Entry,
+    Registry,
+)  # fmt: skip
 from pipelines.deploy.targets import Target
 from pipelines.errors import UserError
 from pipelines.params import Params
@@ -150,9 +158,34 @@ def _project(held: Registry, entry: Entry) -> None:
         held.store.delete_registered_model_alias(held.model, CHALLENGER)
     said = f"{entry.at} by {entry.who}: {entry.why}"
     if entry.rolled_back:
-        held.tag(int(entry.replaces or 0), {"rolled_back": said})
+        held.tag(int(entry.replaces or 0), {ROLLED_BACK: said})
     else:
         held.tag(entry.version, {"promoted": said})
+        _unbar(held, entry.version)
+
+
+def bar(held: Registry, version: int, why: str) -> None:
+    """The version was rolled back: it is challenger no more, until a person says so."""
+    held.tag(version, {ROLLED_BACK: why})
+    if held.aliases().get(CHALLENGER) == version:
+        held.store.delete_registered_model_alias(held.model, CHALLENGER)
+
+
+def challenge(held: Registry, version: int) -> None:
+    """Make the version challenger, whatever became of it before. Raises UserError where it is
+    champion.
+    """
+    held.version(version)
+    newest = reconcile(held)
+    if newest is not None and newest.version == version:
+        raise UserError(f"{held.model} version {version} is champion; expected another")
+    _unbar(held, version)
+    held.store.set_registered_model_alias(held.model, CHALLENGER, str(version))
+
+
+def _unbar(held: Registry, version: int) -> None:
+    if ROLLED_BACK in held.version(version).tags:
+        held.store.delete_model_version_tag(held.model, str(version), ROLLED_BACK)
 
 
 def follow(held: Registry, target: Target, entry: Entry) -> None:
@@ -173,7 +206,9 @@ def status(held: Registry, target: Target) -> list[str]:
     ]
     if not log:
         return [f"{held.model} has no champion"]
-    alias = held.aliases().get(CHAMPION)
+    aliases = held.aliases()
+    rival, alias = aliases.get(CHALLENGER), aliases.get(CHAMPION)
+    lines.append(f"version {rival} is challenger" if rival else "there is no challenger")
     if alias != log[-1].version:
         lines.append(f"the alias names version {alias}; run reconcile")
     served = target.serving().get("champion")
@@ -198,6 +233,8 @@ def _do(held: Registry, params: Params, given: argparse.Namespace) -> None:
             entry = roll_back(held, given.replaces, given.who, given.why)
         case "reconcile":
             entry = reconcile(held)
+        case "challenge":
+            challenge(held, given.version)
     if entry is not None:
         follow(held, target, entry)
     print("\n".join(status(held, target)))
@@ -212,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("status")
     verbs.add_parser("reconcile")
+    verbs.add_parser("challenge").add_argument("version", type=int)
     for name in ("promote", "roll-back"):
         verb = verbs.add_parser(name)
         if name == "promote":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import bundle, signing, stage, tracking
 from pipelines.deploy import promotion, registry
-from pipelines.deploy.registry import CHALLENGER, ConflictError, Registry
+from pipelines.deploy.registry import CHALLENGER, ROLLED_BACK, ConflictError, Registry
 from pipelines.errors import naming
 from pipelines.params import Params
 
@@ -116,14 +116,16 @@ def _run_of(store: "MlflowClient", experiment: str) -> str:
 
 
 def settle(held: Registry, version: int) -> None:
-    """The first version becomes champion; one newer than champion and challenger is challenger."""
+    """The first version becomes champion; one newer than champion and challenger is challenger,
+    unless it was rolled back.
+    """
     champion = promotion.reconcile(held)
     if champion is None:
         with suppress(ConflictError):  # another was first
             promotion.promote(held, version, None, "register", "the first that passed evaluate")
         champion = held.champion()
     newest = max(held.aliases().get(CHALLENGER, 0), champion.version if champion else 0)
-    if version > newest:
+    if version > newest and ROLLED_BACK not in held.version(version).tags:
         held.store.set_registered_model_alias(held.model, CHALLENGER, str(version))
 
 

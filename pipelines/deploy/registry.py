@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+# The tag of a version that was rolled back, by a person or by a release: who, and why.
+ROLLED_BACK = "rolled_back"
 # Where MLflow keeps the files that register gave it beside its own copy of the model.
 FILES = "extra_files"
 

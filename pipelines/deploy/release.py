@@ -2,7 +2,8 @@
 
 in:   the challenger and the champion of the registry; the target that serves
 out:  the challenger is champion with all traffic, or the champion has it back; the trail in the
-      exchange, the reason on the version, reports/release/record.json
+      exchange, the reason on the version, reports/release/record.json. A version that was found bad
+      is challenger no more (pipelines/deploy/promotion.py → challenge)
 run:  make release, or python -m pipelines.deploy.release [--shadow]
 
 With --shadow callers see nothing of the challenger: its copies of their requests are judged, and it
@@ -14,14 +15,14 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines import lease, stage
 from pipelines.deploy import approval, judge, promotion, registry, targets, trail
 from pipelines.deploy.judge import Case, Verdict
 from pipelines.deploy.mirrored import Mirrored
-from pipelines.deploy.registry import CHALLENGER, Entry, Registry
+from pipelines.deploy.registry import CHALLENGER, ROLLED_BACK, Entry, Registry
 from pipelines.deploy.shelf import Shelf
 from pipelines.deploy.targets import Slot, Target
 from pipelines.deploy.trail import Trail
@@ -66,6 +67,7 @@ class Controller:
         if not self.target.up():
             self._unserved(now, shadow, found)
             return
+        self._refuse_blind(shadow)
         # Also where nothing is to be released: what is served follows the log.
         theirs = self._start("champion", now.version)
         version = self._challenger(shadow)
@@ -114,12 +116,37 @@ class Controller:
 
     def _challenger(self, shadow: bool) -> int | None:
         """None where there is none: the release was told twice, or the champion has no rival."""
-        if shadow and not self.limits.shadow_seconds:
-            raise UserError("release.shadow_seconds is 0; expected more for --shadow")
         version = self.held.aliases().get(CHALLENGER)
         if version is not None and not shadow:
             approval.refuse_without(self.held, self.params, version)
         return version
+
+    def _refuse_blind(self, shadow: bool) -> None:
+        """Raise UserError where the params ask for a shadow of which nothing would be known."""
+        name, seconds = self.limits.target, self.limits.shadow_seconds
+        if shadow and not seconds:
+            raise UserError("release.shadow_seconds is 0; expected more for --shadow")
+        if seconds and self.target.shadow == "none":
+            raise UserError(
+                f"release.shadow_seconds is {seconds}; expected 0: {name} copies no request"
+            )
+        if not self.paired:
+            return
+        capture, why = self.params.serve.capture, "answers are compared by what was captured"
+        if not capture.share:
+            raise UserError(
+                f"serve.capture.share is 0; expected more where release.shadow_seconds is: {why}"
+            )
+        if name != "local" and not capture.folder.startswith("s3:"):
+            raise UserError(
+                f"serve.capture.folder is {capture.folder}; expected s3://bucket/prefix, which who "
+                f"serves at {name} and who judges share: {why}"
+            )
+
+    @property
+    def paired(self) -> bool:
+        """Whether answers of both slots to the same requests are compared."""
+        return bool(self.limits.shadow_seconds) and self.target.shadow == "paired"
 
     def _unserved(self, now: Entry, shadow: bool, found: Trail | None) -> None:
         """Promote what the gate passed: where nothing is served, nobody can judge by traffic. What
@@ -139,6 +166,13 @@ class Controller:
     def _nothing(self, now: Entry) -> None:
         stage.write_json(RECORD, {"model": self.held.model, "outcome": "nothing to release"})
         stage.say("release", f"nothing to release: version {now.version} is champion, and no other")
+        found = trail.newest(self.held.exchange, self._folder())
+        version = found.begun["challenger"] if found is not None else now.version
+        with suppress(UserError):  # it may be deleted by now
+            if why := self.held.version(version).tags.get(ROLLED_BACK):
+                stage.say("release", f"version {version} was rolled back {why}")
+                again = f"python -m pipelines.deploy.promotion challenge {version}"
+                stage.say("release", f"to try it again: {again}")
 
     def _start(self, slot: Slot, version: int) -> str:
         """Serve the version in the slot. Returns its hash."""
@@ -151,8 +185,7 @@ class Controller:
             verdict = self._step(percent, seconds)
             self.mine.check()
             if verdict.kind == "bad":
-                self._roll_back(found, f"at {percent} %: {verdict.reason}")
-                self._report(found)
+                self._roll_back(found, f"at {percent} %: {verdict.reason}", bad=True)
                 raise UserError(
                     f"{self.held.model} version {version} was rolled back: {verdict.reason}"
                 )
@@ -188,7 +221,7 @@ class Controller:
                 self.case = judge.begin(seen)
             self.case = judge.hear(self.case, seen, self.limits, *self.mirrored.look())
             elapsed, answers = time.monotonic() - begun, self.case.answers - before
-            verdict = judge.decide(self.case, self.limits, seconds, elapsed, answers)
+            verdict = judge.decide(self.case, self.limits, seconds, elapsed, answers, self.paired)
             stage.say("release", f"{percent:>3} %  {verdict.kind:<9} {verdict.reason}")
             if verdict.kind != "undecided":
                 return verdict
@@ -207,7 +240,9 @@ class Controller:
             now = self.held.champion()
             won = now is not None and now.version == found.begun["challenger"]
             if not found.ended and not won:
-                self._roll_back(found, str(error) or type(error).__name__)
+                # What is no Exception is Ctrl-C.
+                why = stage.one_line(error) if isinstance(error, Exception) else "interrupted"
+                self._roll_back(found, why)
             raise
 
     def _take_away(self) -> None:
@@ -219,14 +254,17 @@ class Controller:
                 raise RuntimeError(f"the target still serves the challenger after {GONE:.0f} s")
             time.sleep(0.1)
 
-    def _roll_back(self, found: Trail, reason: str) -> None:
-        begun = time.monotonic()
+    def _roll_back(self, found: Trail, reason: str, bad: bool = False) -> None:
+        """The callers first. A version that was found `bad` is challenger no more."""
+        begun, version = time.monotonic(), found.begun["challenger"]
         self._take_away()
         seconds = round(time.monotonic() - begun, 1)
+        if bad:
+            promotion.bar(self.held, version, f"by release {found.number}: {reason}")
         found.add("rolled back", reason=reason, seconds=seconds)
-        said = f"release {found.number} rolled back: {reason}"
-        self.held.tag(found.begun["challenger"], {"release": said})
+        self.held.tag(version, {"release": f"release {found.number} rolled back: {reason}"})
         stage.say("release", f"rolled back in {seconds} s: {reason}")
+        self._report(found)
 
     def _finish(self, found: Trail) -> None:
         self.target.switch()

@@ -24,6 +24,7 @@ from pipelines.deploy.envoy import Way
 from pipelines.deploy.replicas import Group
 from pipelines.deploy.serving import Desired, Serving, Started, Status
 from pipelines.deploy.targets import Slot
+from pipelines.deploy.targets.scraped import Page
 from pipelines.errors import UserError
 from pipelines.params import Traffic
 
@@ -43,7 +44,7 @@ class Supervisor:
         self.groups: dict[str, Group] = {}
         # Of every group there ever was: who reads need not know which one goes.
         self.counts: dict[str, Counts] = {}
-        self.pages: dict[str, dict[int, counts.Page]] = {}
+        self.pages: dict[str, dict[int, Page]] = {}
         self.proxy: subprocess.Popen[bytes] | None = None
         self.falls = 0  # of the proxy
         self.wanted = Desired()
@@ -171,9 +172,9 @@ class Supervisor:
             self.pages = pages
             serving.report(self.folder, self._status())
 
-    def _read(self, name: str, group: Group) -> dict[int, counts.Page]:
+    def _read(self, name: str, group: Group) -> dict[int, Page]:
         kept = self.counts[name]
-        pages: dict[int, counts.Page] = {}
+        pages: dict[int, Page] = {}
         for one in list(group.replicas):
             with suppress(OSError, ValueError):
                 pages[one.process.pid] = counts.read(one.port)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import uvloop
@@ -30,6 +31,7 @@ class Standin:
     def __init__(self, digest: str, fault: str) -> None:
         self.digest, self.fault = digest, fault
         self.bins, self.fallbacks, self.draining = [0] * BINS, 0, False
+        self.statuses = Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -58,7 +60,14 @@ class Standin:
             return (503 if self.draining else 200), ""
         if path == "/metrics":
             return 200, self._metrics()
+        if path != "/predict":
+            return 404, ""
+        if not body:
+            self.statuses["422"] += 1
+            return 422, ""
+        before = self.fallbacks
         predictions = [{"probability": self._predict(body)}]
+        self.statuses["200" if before == self.fallbacks else "fallback"] += 1
         return 200, json.dumps({"predictions": predictions, "bundle": self.digest})
 
     def _predict(self, body: bytes) -> float:
@@ -80,7 +89,10 @@ class Standin:
             lines.append(f'headrace_predictions_bucket{{le="{number / BINS}"}} {total}')
         lines += [
             f'headrace_predictions_bucket{{le="+Inf"}} {total}',
-            f"headrace_fallback_total {self.fallbacks}",
+            *(
+                f'headrace_requests_total{{route="predict",status="{status}"}} {count}'
+                for status, count in self.statuses.items()
+            ),
             f'headrace_bundle_info{{bundle="{self.digest}",version="1"}} 1',
             f"process_resident_memory_bytes {psutil.Process().memory_info().rss}",
         ]

@@ -162,7 +162,7 @@ def test_each_fault_is_found_within_seconds(limits: Release, fault: str) -> None
         case = judge.begin(slots.look({"champion": 200, "challenger": 0}))
         for _ in range(15):
             case = judge.hear(case, slots.look({"champion": 50, "challenger": 50}), limits)
-            verdict = judge.decide(case, limits, 60, 5, 100)
+            verdict = judge.decide(case, limits, 60, 5, 100, paired=False)
             if verdict.kind == "bad":
                 break
         assert said in verdict.reason
@@ -189,10 +189,41 @@ def test_what_cannot_be_compared_is_not_good(limits: Release) -> None:
     for _ in range(30):
         seen = slots.look({"champion": 50, "challenger": 50})
         case = judge.hear(case, {"challenger": seen["challenger"]}, limits)
-    assert judge.decide(case, limits, 15, 30, case.answers).kind == "undecided"
-    assert judge.decide(case, limits, 15, limits.limit_seconds, case.answers).kind == "bad"
+    assert _after(case, limits, 30).kind == "undecided"
+    assert _after(case, limits, limits.limit_seconds).kind == "bad"
     case = judge.hear(case, seen, limits)
-    assert "errors: " in judge.decide(case, limits, 15, 30, case.answers).reason
+    assert "errors: " in _after(case, limits, 30).reason
+
+
+def _after(case: Case, limits: Release, elapsed: float) -> judge.Verdict:
+    return judge.decide(case, limits, 15, elapsed, case.answers, paired=False)
+
+
+def test_refusals_alone_are_no_answers(limits: Release) -> None:
+    """Both slots refuse all they are asked: nothing is known of the challenger's predictions."""
+    slots = Slots(1, errors=1.0)
+    slots.ways["champion"]["errors"] = 1.0
+    case = judge.begin(slots.look({"champion": 200, "challenger": 0}))
+    for _ in range(30):
+        case = judge.hear(case, slots.look({"champion": 50, "challenger": 50}), limits)
+    assert (case.answers, judge.faults(case, limits)) == (0, [])
+    assert _after(case, limits, 30).kind == "undecided"
+    assert "no traffic" in _after(case, limits, limits.limit_seconds).reason
+
+
+def test_where_answers_are_paired_none_is_good_without_pairs(limits: Release) -> None:
+    few = judge.hear(judge.begin({}), {}, limits, distances=[0.0] * (judge.PAIRS - 1))
+    assert judge.decide(few, limits, 15, 20, 10_000, paired=True).kind == "undecided"
+    late = judge.decide(few, limits, 15, limits.limit_seconds, 10_000, paired=True)
+    assert (late.kind, "9 pairs so far; expected 10 pairs" in late.reason) == ("bad", True)
+    enough = judge.hear(few, {}, limits, distances=[0.0])
+    assert judge.decide(enough, limits, 15, 20, 10_000, paired=True).kind == "good"
+
+
+def test_so_few_pairs_can_condemn(limits: Release) -> None:
+    """Else to ask for them would be to ask for nothing."""
+    case = judge.hear(judge.begin({}), {}, limits, distances=[0.9] * judge.PAIRS)
+    assert judge.faults(case, limits) == ["mean distance of two answers 0.900"]
 
 
 def test_answers_that_differ_are_a_fault_and_those_that_hardly_do_are_none(limits: Release) -> None:
@@ -230,7 +261,8 @@ def test_labels_that_came_can_condemn(limits: Release) -> None:
 def test_a_step_needs_seconds_and_answers(
     limits: Release, elapsed: float, answers: int, kind: str
 ) -> None:
-    assert judge.decide(judge.begin({}), limits, 20, elapsed, answers).kind == kind
+    case = judge.begin({})
+    assert judge.decide(case, limits, 20, elapsed, answers, paired=False).kind == kind
 
 
 def test_counters_that_began_again_are_counted_from_nothing() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +168,19 @@ def test_a_shadow_gets_copies_and_answers_nobody(here: Served, tmp_path: Path) -
     until(lambda: here.status().shadow)
     assert set(here.ask(50)) == {_champion(here).digests[0]}
     until(lambda: here.target.observe()["challenger"].requests >= 50)
+
+
+def test_health_checks_are_no_answers_and_refusals_no_good_ones(here: Served) -> None:
+    """They say nothing of a model: of them alone no release goes on."""
+    url = f"http://127.0.0.1:{here.traffic.port}"
+    for _ in range(30):
+        urllib.request.urlopen(f"{url}/v2/health/ready").close()
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            urllib.request.urlopen(f"{url}/predict", data=b"")
+    here.ask(5)
+    until(lambda: here.target.observe()["champion"].requests >= 35)
+    seen = here.target.observe()["champion"]
+    assert (seen.requests, seen.errors, sum(seen.predictions)) == (35, 30, 5)
 
 
 def test_one_folder_has_one_supervisor(here: Served, params: Params) -> None:

@@ -19,8 +19,8 @@ from world import ROOT, Checkout
 
 from pipelines import lease, stage
 from pipelines.deploy import promotion, register, release, targets, trail
-from pipelines.deploy.registry import CHALLENGER, Registry
-from pipelines.deploy.targets import Observation, Release, Slot
+from pipelines.deploy.registry import CHALLENGER, ROLLED_BACK, Registry
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot
 from pipelines.errors import UserError
 
 QUICK: dict[str, Any] = {
@@ -31,6 +31,8 @@ QUICK: dict[str, Any] = {
 
 class Pretended:
     """A target in memory, whose challenger may answer badly, and which may break at a call."""
+
+    shadow: Shadow = "copied"
 
     def __init__(
         self,
@@ -147,6 +149,26 @@ def test_a_bad_challenger_is_rolled_back_with_the_reason(
     assert stage.read_json(release.RECORD)["outcome"] == "rolled back"
 
 
+def test_what_was_rolled_back_comes_again_only_if_a_person_says_so(
+    held: Registry, checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError):
+        release.run(checkout.params(), Pretended(errors=20))
+    register.run(checkout.params())  # the same bundle, once more
+    target = Pretended()
+    release.run(checkout.params(), target)
+    assert set(target.slots) == {"champion"}
+    said = capsys.readouterr().out
+    assert "version 2 was rolled back by release 1: at 0 %: errors: 20.0%" in said
+    assert "to try it again: python -m pipelines.deploy.promotion challenge 2" in said
+    promotion.challenge(held, 2)
+    release.run(checkout.params(), target)
+    assert _champion(held) == 2
+    assert ROLLED_BACK not in held.version(2).tags
+    with pytest.raises(UserError, match="version 2 is champion"):
+        promotion.challenge(held, 2)
+
+
 @pytest.mark.parametrize("hides", [None, "champion", "challenger"])
 def test_no_traffic_or_a_slot_nobody_can_see_is_bad(
     held: Registry, checkout: Checkout, hides: Slot | None
@@ -168,14 +190,47 @@ def test_a_shadow_is_judged_and_nobody_sees_it(held: Registry, checkout: Checkou
 def test_a_target_that_copies_no_request_releases_without_a_shadow(
     held: Registry, checkout: Checkout
 ) -> None:
-    checkout.set(release={"shadow_seconds": 0})
     target = Pretended()
+    target.shadow = "none"
+    with pytest.raises(UserError, match="shadow_seconds is 1; expected 0: local copies no request"):
+        release.run(checkout.params(), target)
+    assert trail.newest(held.exchange, str(held.folder("releases"))) is None  # nothing was begun
+    checkout.set(release={"shadow_seconds": 0})
     with pytest.raises(UserError, match="shadow_seconds is 0; expected more for --shadow"):
         release.run(checkout.params(), target, shadow=True)
     release.run(checkout.params(), target)
     assert _champion(held) == 2
     assert "shift 0" not in target.calls
     assert target.shadowed is False
+
+
+def test_without_pairs_to_compare_no_release_is_begun(held: Registry, checkout: Checkout) -> None:
+    target = Pretended()
+    target.shadow = "paired"
+    checkout.set(serve={"capture": {"share": 0}})
+    with pytest.raises(UserError, match=r"serve\.capture\.share is 0; expected more"):
+        release.run(checkout.params(), target)
+    checkout.set(serve={"capture": {"share": 1}}, release={"target": "kubernetes"})
+    with pytest.raises(UserError, match=r"serve\.capture\.folder is .* expected s3://"):
+        release.run(checkout.params(), target)
+    checkout.set(release={"target": "local", "limit_seconds": 1})
+    with pytest.raises(UserError, match="0 pairs so far; expected 10 pairs"):
+        release.run(checkout.params(), target)
+
+
+def test_an_interrupted_release_leaves_its_own_record(held: Registry, checkout: Checkout) -> None:
+    def interrupted(call: str) -> None:
+        if call == "shift 20":
+            raise KeyboardInterrupt
+
+    stage.write_json(release.RECORD, {"outcome": "promoted"})
+    with pytest.raises(KeyboardInterrupt):
+        release.run(checkout.params(), Pretended(meanwhile=interrupted))
+    record = stage.read_json(release.RECORD)
+    assert (record["outcome"], record["trail"][-1]["reason"]) == ("rolled back", "interrupted")
+    # That says nothing against the version.
+    release.run(checkout.params(), Pretended())
+    assert _champion(held) == 2
 
 
 @pytest.mark.parametrize("breaks", ["start challenger", "shift 0", "shift 20", "shift 100"])

@@ -268,6 +268,41 @@ def test_a_fault_of_the_service_is_counted_and_shows_nothing(
     assert service.metrics.requests["predict", "500"] == 1
 
 
+def test_what_is_captured_as_a_replica_ends_is_written_too(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a slow disk that still writes what came before."""
+    digest = bundles.make(tmp_path / "bundle")
+    holder = Holder(lambda: Named(tmp_path / "bundle", digest), None, params.serve)
+    settings = params.serve.capture.model_copy(
+        update={"share": 1.0, "folder": str(tmp_path / "captured"), "rows": 1}
+    )
+    service = Service(params.serve.model_copy(update={"capture": settings}), holder, None)
+    put = service.capture.shelf.put
+
+    def slow(name: str, table: pa.Table) -> None:
+        time.sleep(0.3)
+        put(name, table)
+
+    monkeypatch.setattr(service.capture.shelf, "put", slow)
+    app = routes.Door(routes.build(service))
+
+    async def live() -> None:
+        writing = asyncio.create_task(service.capture.run())
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            for _ in range(2):
+                await client.post("/predict", json=ROW)
+                await asyncio.sleep(0.1)
+        service.capture.end()
+        await writing
+
+    asyncio.run(live())
+    files = list((tmp_path / "captured").glob("*.parquet"))
+    assert sum(tables.pq.read_metadata(file).num_rows for file in files) == 2
+    assert service.metrics.captured == {"written": 2, "dropped": 0}
+
+
 def test_a_bucket_gives_its_rate_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -78,14 +78,14 @@ class Replica:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
+        capturing = asyncio.create_task(self.service.capture.run())
         tasks = [
-            asyncio.create_task(self.service.capture.run()),
             asyncio.create_task(
                 # A body has its own time; this is for what even then does not end.
                 connection.sweep(
                     self.server.server_state.connections, 2 * self.service.params.read_seconds
                 )
-            ),
+            )
         ]
         loop.add_signal_handler(
             signal.SIGHUP, lambda: tasks.append(asyncio.create_task(self.reload()))
@@ -98,8 +98,8 @@ class Replica:
         await self.server.serve()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.service.capture.flush()
+        self.service.capture.end()
+        await asyncio.gather(capturing, *tasks, return_exceptions=True)
 
     def drain(self) -> None:
         """Be ready no more; end once whoever sends requests had the time to notice."""

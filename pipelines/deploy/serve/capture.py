@@ -6,6 +6,7 @@ many rows or seconds, and when the replica ends. What cannot be written is dropp
 request ever waits or fails for it.
 
     request_id, row     which request, and which row of it
+    body                a hash of the request's body: a caller may use an id twice
     at                  when it was answered, UTC
     bundle, version     whose answer
     fallback            null, or who answered in place
@@ -14,6 +15,7 @@ request ever waits or fails for it.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import secrets
@@ -44,10 +46,15 @@ def share_of(request_id: str) -> float:
     return zlib.crc32(request_id.encode()) / 2**32
 
 
+def digest_of(body: bytes) -> str:
+    return hashlib.blake2b(body, digest_size=8).hexdigest()
+
+
 class Kept(NamedTuple):
     """One request and its answer."""
 
     request_id: str
+    body: str
     at: float
     model: Model
     columns: Columns
@@ -64,6 +71,7 @@ class Capture:
         self.waiting: list[Kept] = []
         self.rows = 0
         self.enough = asyncio.Event()
+        self.over = False
 
     def keep(self, kept: Kept) -> None:
         rows = kept.columns.rows
@@ -76,13 +84,19 @@ class Capture:
             self.enough.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
-        while True:
+        """Write until `end`, and then what is left."""
+        last = False
+        while not last:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.enough.wait(), self.settings.seconds)
-            await self.flush()
+            last = self.over
+            await self._flush()
 
-    async def flush(self) -> None:
+    def end(self) -> None:
+        self.over = True
+        self.enough.set()
+
+    async def _flush(self) -> None:
         """Write what waits; one file for each bundle that answered."""
         taken, self.waiting, self.rows = self.waiting, [], 0
         self.enough.clear()
@@ -116,6 +130,7 @@ def table(group: list[Kept]) -> pa.Table:
     made = {
         "request_id": spread([kept.request_id for kept in group], pa.string()),
         "row": pa.array(np.concatenate([np.arange(count) for count in counts]), pa.int32()),
+        "body": spread([kept.body for kept in group], pa.string()),
         "at": spread([int(kept.at * 1e6) for kept in group], pa.timestamp("us", "UTC")),
         "bundle": pa.array([model.digest] * len(whose)),
         "version": pa.array([model.version] * len(whose)),

@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from pipelines import stage
 from pipelines.deploy.serve import oip
 from pipelines.deploy.serve.body import Bodies
-from pipelines.deploy.serve.capture import Capture, Kept, share_of
+from pipelines.deploy.serve.capture import Capture, Kept, digest_of, share_of
 from pipelines.deploy.serve.contract import Columns
 from pipelines.deploy.serve.keys import Keys
 from pipelines.deploy.serve.metrics import Metrics
@@ -86,7 +86,8 @@ class Service:
             self.metrics.answered(route, seconds, answer, by is not None)
             share = share_of(request_id)
             if share < self.params.capture.share:
-                self.capture.keep(Kept(request_id, time.time(), model, columns, answer, by))
+                kept = Kept(request_id, digest_of(body), time.time(), model, columns, answer, by)
+                self.capture.keep(kept)
             if share < self.params.log_share:
                 _log(request_id, route, 200, rows=columns.rows, seconds=round(seconds, 6))
             return Response(content, 200, self._headers(request_id, model), "application/json")

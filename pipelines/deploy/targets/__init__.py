@@ -26,6 +26,9 @@ MODULES = {
     "edge": "pipelines.deploy.targets.edge",
 }
 Slot = Literal["champion", "challenger"]
+# What comes of a shadow: nobody copies requests; the challenger gets copies; or who judges can read
+# the captures of both slots too, and compares their answers to one request.
+Shadow = Literal["none", "copied", "paired"]
 READY = 120.0  # seconds until what was started has to be healthy
 
 
@@ -43,8 +46,9 @@ class Release:
 class Observation:
     """What a slot answered since it started; every number only grows, but the memory.
 
-    `latency` counts answers by upper bound in seconds, each including the smaller ones;
-    `predictions` counts them in equal bins of [0, 1]. An answer that is no probability is an error.
+    `requests` are those for predictions, without what was refused for the caller's own fault; an
+    answer that is no probability is an error. `latency` counts answers by upper bound in seconds,
+    each including the smaller ones; `predictions` counts them in equal bins of [0, 1].
     `memory_bytes` is of the largest replica.
     """
 
@@ -58,6 +62,8 @@ class Observation:
 
 class Target(Protocol):
     """Where the slots are served."""
+
+    shadow: Shadow
 
     def up(self) -> bool:
         """Whether there is anything that can serve, if nothing but a first champion is started.

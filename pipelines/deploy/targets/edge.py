@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import bundle, metrics, signing, stage
-from pipelines.deploy.targets import Observation, Release, Slot, answered
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot, answered
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -39,6 +39,8 @@ Channel = dict[str, Any]
 
 class Edge:
     """The channel in `folder`, as a target."""
+
+    shadow: Shadow = "none"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

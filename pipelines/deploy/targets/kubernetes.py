@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.deploy.targets import Observation, Release, Slot, contained, scraped, store
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot, contained, scraped, store
+from pipelines.deploy.targets.scraped import Page
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -40,12 +41,14 @@ Object = dict[str, Any]
 class Kubernetes:
     """The namespace of targets.kubernetes, reached by the kubeconfig or from inside a pod."""
 
+    shadow: Shadow = "paired"
+
     def __init__(self, params: Params, api: Any) -> None:
         self.params, self.api = params, api
         self.place = params.targets.kubernetes
         self.model = re.sub(r"[^a-z0-9-]+", "-", params.dataset.name.lower()).strip("-")
         # The last page of every pod that was ever seen: its counters end with it, a slot's do not.
-        self.pages: dict[str, dict[str, str]] = {}
+        self.pages: dict[str, dict[str, Page]] = {}
 
     def up(self) -> bool:
         return True
@@ -142,9 +145,9 @@ class Kubernetes:
             seen[slot] = scraped.observation(pages.values(), alive.values(), restarts)
         return seen
 
-    def _page(self, pod: Object) -> str:
+    def _page(self, pod: Object) -> Page:
         path = f"{self._path('Pod')}/{pod['metadata']['name']}:8080/proxy/metrics"
-        return self._send("GET", path).decode()
+        return scraped.page(self._send("GET", path).decode())
 
     def _track(self, slot: str) -> str | None:
         """The track that the slot's service selects."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import bundle
-from pipelines.deploy.targets import Observation, Release, Slot, answered
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot, answered
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -28,6 +28,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in a package: the same bundle is 
 
 class Lambda:
     """The function of one model."""
+
+    shadow: Shadow = "none"
 
     def __init__(self, params: Params) -> None:
         import boto3

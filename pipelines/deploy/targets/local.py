@@ -17,7 +17,7 @@ from pathlib import Path
 from pipelines import stage
 from pipelines.deploy import serving
 from pipelines.deploy.serving import Desired, Started
-from pipelines.deploy.targets import Observation, Release, Slot
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -26,6 +26,8 @@ PATIENCE = 300.0  # seconds for a restart of all replicas
 
 class Local:
     """The files of `folder`, as a target."""
+
+    shadow: Shadow = "paired"
 
     def __init__(self, folder: Path = serving.FOLDER) -> None:
         self.folder = folder

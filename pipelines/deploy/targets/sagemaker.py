@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.deploy.targets import Observation, Release, Slot, answered, store
+from pipelines.deploy.targets import Observation, Release, Shadow, Slot, answered, store
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -24,6 +24,9 @@ Variants = dict[Slot, dict[str, Any]]
 
 class Sagemaker:
     """The endpoint of one model."""
+
+    # Captures stay inside the containers, which have no network.
+    shadow: Shadow = "copied"
 
     def __init__(self, params: Params) -> None:
         import boto3
