@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run airflow serve release manifest test check bench constraints clean
+.PHONY: help setup run airflow serve gate release manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -33,6 +33,9 @@ airflow: $(READY) ## start Airflow on this checkout, and MLflow; Ctrl-C stops bo
 
 serve: $(READY) ## serve the champion behind Envoy and print how to ask it; Ctrl-C stops it
 	@python -m pipelines.deploy.up
+
+gate: $(READY) ## compare the bundle just made with the champion; a release wants its verdict
+	@python -m pipelines.deploy.gate
 
 release: $(READY) ## let the challenger take over beside `make serve`, step by step, judged
 	@python -m pipelines.deploy.release

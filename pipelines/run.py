@@ -18,6 +18,7 @@ from typing import Any
 from pipelines import bundle, stage, tracking
 from pipelines import params as parameters
 from pipelines.deploy import register, registry
+from pipelines.deploy.registry import CHALLENGER, CHAMPION
 from pipelines.errors import UserError
 from pipelines.ingest import fetch
 from pipelines.params import Params
@@ -123,7 +124,9 @@ def usage(since: float) -> dict[str, dict[str, Any]]:
 def screen(params: Params, started: float, version: dict[str, Any]) -> str:
     """What was made, how good it is, what it took, and where to look."""
     ran = usage(started)
-    body = [*_data(), *_quality(), *_watch(params, version), *_cost(ran), *_where(params)]
+    aliases = _aliases(params, version)
+    body = [*_data(), *_quality(), *_watch(version, aliases), *_cost(ran), *_where(params)]
+    body += _next(aliases)
     spent = time.time() - started
     head = (
         f"{len(ran)} stages in {spent:.0f} s"
@@ -162,27 +165,30 @@ def _figure(figure: dict[str, float]) -> str:
     return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
 
-def _watch(params: Params, version: dict[str, Any]) -> list[str]:
+def _watch(version: dict[str, Any], aliases: list[str] | None) -> list[str]:
     drift = stage.read_json(REPORTS / "drift" / "verdict.json")
     said = "; ".join(drift["reasons"]) if drift["drift"] else "none"
     features = len(drift["drifted_features"]) + len(drift["empty_features"])
+    unknown = "aliases unknown: the registry does not answer"
+    names = unknown if aliases is None else " and ".join(aliases) or "no alias"
     return [
         "",
         f"  drift       {said} ({features} features moved)",
         f"  bundle      {version['bundle'][:12]}, {version['model']} version {version['version']}, "
-        f"{_aliases(params, version)}",
+        f"{names}",
     ]
 
 
-def _aliases(params: Params, version: dict[str, Any]) -> str:
-    """As the registry has them now: people move them, and release does."""
+def _aliases(params: Params, version: dict[str, Any]) -> list[str] | None:
+    """As the registry has them now, since people move them, and release does; None where it does
+    not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        held = registry.of(params).aliases_of(int(version["version"]))
+        return registry.of(params).aliases_of(int(version["version"]))
     except MlflowException:
-        return "aliases unknown: the registry does not answer"
-    return " and ".join(held) or "no alias"
+        return None
 
 
 def _cost(ran: dict[str, dict[str, Any]]) -> list[str]:
@@ -210,6 +216,12 @@ def _where(params: Params) -> list[str]:
         "              runs and versions, on http://127.0.0.1:5000:",
         f"              .venv/bin/mlflow server --backend-store-uri {params.tracking.uri}",
     ]
+
+
+def _next(aliases: list[str] | None) -> list[str]:
+    if CHALLENGER in (aliases or ()):
+        return ["", "  next        make gate, then make release beside make serve"]
+    return ["", "  next        make serve"] if CHAMPION in (aliases or ()) else []
 
 
 def _page(name: str, noted: Path, shown: Path | None = None) -> str:

@@ -57,11 +57,12 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     lock = (small.folder / "dvc.lock").read_bytes()
 
     store, _ = tracking.client(small.params())
-    store.set_registered_model_alias("flights", "approved", "1")
+    store.set_registered_model_alias("flights", "challenger", "1")
     second = small.run("pipelines.run")
     assert second.status == 0, second
     assert "Nothing changed, nothing ran" in second.out
-    assert "flights version 1, approved" in second.out
+    assert "flights version 1, challenger" in second.out
+    assert "next        make gate, then make release beside make serve" in second.out
     assert "is not of this run" not in second.out
     assert (small.folder / "dvc.lock").read_bytes() == lock
 

@@ -63,6 +63,8 @@ class Controller:
         found = self._unfinished(now, shadow)
         if found is not None and found.begun["challenger"] == now.version:
             self._finish(found)  # killed between the promotion and the switch
+            if rival := self.held.aliases().get(CHALLENGER):
+                stage.say("release", f"version {rival} is challenger by now; release it: run again")
             return
         if not self.target.up():
             self._unserved(now, shadow, found)
@@ -176,8 +178,10 @@ class Controller:
 
     def _start(self, slot: Slot, version: int) -> str:
         """Serve the version in the slot. Returns its hash."""
+        before = self.target.serving().get(slot)
         digest = targets.serve(self.target, self.held, slot, version)
-        stage.say("release", f"version {version} is {slot}, ready")
+        if digest != before:
+            stage.say("release", f"version {version} is {slot}, ready")
         return digest
 
     def _step_by_step(self, found: Trail, now: Entry, version: int) -> None:
