@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import bundle, signing, stage
-from pipelines.deploy.targets import Release, edge
+from pipelines.deploy.serve.contract import Contract
+from pipelines.deploy.serve.refusal import Refusal
+from pipelines.deploy.targets import Release, answered, edge
 from pipelines.deploy.targets.edge import Edge
 from pipelines.errors import UserError
 
@@ -38,9 +41,9 @@ ROWS = [
 ]
 
 
-def runner() -> ModuleType:
+def runner(file: Path) -> ModuleType:
     """run.py as a module."""
-    spec = importlib.util.spec_from_file_location("run", edge.RUNNER)
+    spec = importlib.util.spec_from_file_location("run", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -48,7 +51,7 @@ def runner() -> ModuleType:
     return module
 
 
-RUN = runner()
+RUN = runner(edge.RUNNER)
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +83,12 @@ class TestEdge(Compliance):
                 root = tmp_path / "device"
                 shutil.rmtree(root, ignore_errors=True)
                 target.install(devices[0], root)
-                RUN.score(root, [json.dumps(MISSING)] * len(devices))
+                RUN.score(root, [json.dumps(MISSING).encode()] * len(devices))
                 brought = target.folder / "answered" / f"{devices[0]}.jsonl"
                 brought.parent.mkdir(exist_ok=True)
                 shutil.copy(root / "answered.jsonl", brought)
-            answered = {slot: channel["slots"][slot]["bundle"] for slot in fleet}
-            return Counter({answered[slot]: len(devices) for slot, devices in fleet.items()})
+            by = {slot: channel["slots"][slot]["bundle"] for slot in fleet}
+            return Counter({by[slot]: len(devices) for slot, devices in fleet.items()})
 
         return Place(target, releases[0], releases[1], ask)
 
@@ -109,6 +112,12 @@ def told(root: Path, *words: str, given: str = "") -> subprocess.CompletedProces
         [sys.executable, root / "current" / "run.py", *words],
         input=given, capture_output=True, text=True, cwd="/", env={"PATH": os.defpath},
     )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"run.py: error: {said}")
+    assert done.stderr.count("\n") == 1
 
 
 def scored(root: Path, rows: list[dict[str, Any]] = ROWS) -> list[float]:
@@ -176,19 +185,66 @@ print(*[name for name, file in files.items() if "site-packages" in str(file)], f
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("{", "Expecting property name"),
-        ("3", "row 1: column delay is missing, or not of the contract"),
-        (json.dumps(MISSING | {"a": 1}), "row 1: column a is missing, or not of the contract"),
-        ("{}", "row 1: column delay is missing, or not of the contract"),
-        (json.dumps(MISSING | {"delay": "late"}), "row 1: delay is 'late'; expected float32"),
-        (json.dumps(MISSING | {"origin": 3}), "row 1: origin is 3; expected string"),
+        ("{", "row 2 is no JSON: Expecting property name"),
+        ("", "row 2 is no JSON"),
+        ("[" * 100_000, "row 2 is no JSON: maximum recursion depth"),
+        ('{"delay": NaN}', "row 2 is no JSON"),
+        ('{"origin": "\\ud800"}', "row 2 is no JSON"),
+        ("3", "row 2, column delay: missing, or not of the contract"),
+        ("{}", "row 2, column delay: missing, or not of the contract"),
+        (json.dumps(MISSING | {"a\nb": 1}), "row 2, column a b: missing, or not of the contract"),
+        (json.dumps(MISSING | {"delay": "late"}), "row 2, column delay: expected float32 or null"),
+        (json.dumps(MISSING | {"delay": True}), "row 2, column delay: expected float32 or null"),
+        (json.dumps(MISSING | {"delay": 10**400}), "row 2, column delay: expected float32 or null"),
+        (json.dumps(MISSING).replace("null", "1e400"), "row 2, column origin: expected string"),
+        (json.dumps(MISSING | {"delay": 3.5e38}), "row 2, column delay: expected float32 or null"),
+        (json.dumps(MISSING | {"origin": 3}), "row 2, column origin: expected string or null"),
     ],
 )
 def test_what_breaks_the_contract_is_one_line(device: Path, row: str, said: str) -> None:
-    done = told(device, "score", given=row)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"run.py: error: {said}")
-    assert done.stderr.count("\n") == 1
+    refused(told(device, "score", given=f"{json.dumps(MISSING)}\n{row}\n"), said)
+
+
+def test_no_rows_are_refused_as_the_service_does(device: Path) -> None:
+    refused(told(device, "score"), "no rows; expected a JSON record on each line")
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+RECORDS = st.fixed_dictionaries({name: st.none() | ANY for name in MISSING})
+LARGE = st.integers(-(2**129), 2**129) | st.floats(-4e38, 4e38)
+NUMBERS = st.fixed_dictionaries({"origin": st.text(), "delay": LARGE, "temp": st.none() | LARGE})
+LINES = (RECORDS | NUMBERS | ANY).map(json.dumps) | st.text()
+
+
+def test_whatever_is_answered_is_what_the_service_takes_and_its_answer(device: Path) -> None:
+    """Any value in any column and any text as a line: an answer, or one error that has the row."""
+    run = runner(device / "current" / "run.py")
+    kinds = stage.read_json(device / "current" / bundle.CONTRACT)["columns"]
+    contract = Contract(kinds, max_rows=1)
+    session = bundle.open_session(device / "current" / bundle.MODEL)
+
+    @settings(max_examples=300, deadline=None)
+    @given(LINES.map(lambda line: line.encode(errors="surrogatepass")) | st.binary())
+    def holds(line: bytes) -> None:
+        try:
+            columns = contract.read(line)
+        except Refusal:
+            with pytest.raises(ValueError, match=r"^row 1"):
+                run.score(device, [line])
+            return
+        feed = dict(zip(contract.texts, columns.texts, strict=True))
+        feed |= dict(zip(contract.numbers, columns.numbers, strict=True))
+        (right,) = session.run(None, feed)[0].tolist()
+        if 0 <= right <= 1:
+            assert run.score(device, [line]) == [right]
+        else:
+            with pytest.raises(ValueError, match="the model gave no probability"):
+                run.score(device, [line])
+
+    holds()
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "bundle.json", "run.py"])
@@ -243,6 +299,192 @@ def test_only_what_changed_travels(device: Path, channel: Edge, releases: list[R
     changed = (device / "current" / "model.onnx").stat().st_size
     assert done.stdout == f"{changed:,} bytes travelled\n"
     assert told(device, "update", str(channel.folder)).stdout == "0 bytes travelled\n"
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "bundle.json", "run.py", "channel.json"])
+def test_what_was_damaged_comes_again_and_nothing_else(
+    device: Path, channel: Edge, file: str
+) -> None:
+    path, before = device / "current" / file, scored(device)
+    whole = path.read_bytes()
+    for damaged in (whole + b"\n ", whole[: len(whole) // 2], None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        travelled = RUN.update(device, str(channel.folder))
+        assert travelled == (0 if file == "channel.json" else len(whole))  # that one always comes
+        assert path.read_bytes() == whole
+    assert scored(device) == before
+
+
+def test_a_damaged_device_still_refuses_an_older_channel(
+    device: Path, channel: Edge, releases: list[Release], tmp_path: Path
+) -> None:
+    shutil.copytree(channel.folder, tmp_path / "old")
+    channel.start("champion", releases[1])
+    RUN.update(device, str(channel.folder))
+    (device / "current" / "channel.json").write_text("{")
+    refused(told(device, "update", str(tmp_path / "old")), "the channel is older than the 2 held")
+    shutil.rmtree((device / "current").resolve())
+    with pytest.raises(ValueError, match="the channel is older than the 2 held"):
+        RUN.update(device, str(tmp_path / "old"))
+
+
+def test_another_models_channel_is_refused(
+    device: Path, releases: list[Release], tmp_path: Path
+) -> None:
+    other = Edge(tmp_path / "other")
+    for release in releases:
+        other.start("champion", replace(release, model="trains"))
+    refused(told(device, "update", str(other.folder)), "the channel is older than the 1 held, or")
+
+
+def test_a_signed_bundle_is_no_channel(device: Path, tmp_path: Path) -> None:
+    """Its statement has the same key, and whoever reads the registry has it."""
+    statement = {"model": "flights", "version": 9, "bundle": "0" * 64}
+    stage.write_json(tmp_path / "channel.json", statement | {"signature": signing.sign(statement)})
+    refused(told(device, "update", str(tmp_path)), "the channel is no signed JSON")
+
+
+def test_a_path_in_a_channel_writes_nothing_outside(
+    device: Path, channel: Edge, tmp_path: Path
+) -> None:
+    before, content = scored(device), json.loads((channel.folder / "channel.json").read_text())
+    signature, places = content.pop("signature"), {*tmp_path.rglob("*")}
+    assert signature == signing.sign(content)
+    files = content["slots"]["champion"]["files"]
+    for name in ("../../stolen", "/stolen", "a/b", "..", ".", ""):
+        content["counter"] += 1
+        content["slots"]["champion"]["files"] = files | {name: files["run.py"]}
+        signature = signing.sign(content)
+        stage.write_json(channel.folder / "channel.json", content | {"signature": signature})
+        with pytest.raises((ValueError, OSError)):
+            RUN.update(device, str(channel.folder))
+        assert {*tmp_path.rglob("*")} == places
+    assert scored(device) == before
+
+
+def test_what_is_no_channel_is_one_line(device: Path, tmp_path: Path) -> None:
+    for content in ("", "{", "[]", "[" * 100_000, '{"signature": 3}', "{}"):
+        (tmp_path / "channel.json").write_text(content)
+        with pytest.raises(ValueError, match="the channel is no signed JSON"):
+            RUN.update(device, str(tmp_path))
+    refused(told(device, "update", str(tmp_path)), "the channel is no signed JSON")
+    refused(told(device, "update", str(tmp_path / "none")), "<urlopen error [Errno 2] No such file")
+
+
+@pytest.mark.parametrize("file", ["signing.pub", "device", "current/channel.json"])
+def test_a_device_that_lacks_a_file_says_it_in_one_line(device: Path, file: str) -> None:
+    kept = (device / file).read_bytes()
+    (device / file).unlink()
+    refused(told(device, "score", given=json.dumps(MISSING)), "[Errno 2] No such file")
+    (device / file).write_bytes(kept[:-30])
+    done = told(device, "score", given=json.dumps(MISSING))
+    if file == "device":
+        assert done.returncode == 0  # another name, of the same slot
+    else:
+        refused(done, "the channel")
+
+
+def limited(
+    root: Path, size: int, *words: str, given: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """As `told`, where no file can grow above the size: a disk that is full there."""
+    code = (
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "sys.argv[:] = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, root / "current" / "run.py", *words],
+        input=given, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_on_a_full_disk_nothing_is_taken_by_half(
+    device: Path, channel: Edge, releases: list[Release]
+) -> None:
+    before, held = scored(device), (device / "current").resolve()
+    channel.start("champion", releases[1])
+    refused(limited(device, 1000, "update", str(channel.folder)), "[Errno 27] File too large")
+    assert list((device / "releases").iterdir()) == [held]
+    assert scored(device) == before
+
+
+def test_a_note_cut_by_a_full_disk_spoils_no_other(
+    device: Path, channel: Edge, releases: list[Release]
+) -> None:
+    notes = device / "answered.jsonl"
+    scored(device)
+    size = notes.stat().st_size + 50
+    refused(limited(device, size, "score", given=json.dumps(MISSING)), "[Errno 27] File too large")
+    assert notes.stat().st_size == size
+    scored(device)
+    found = answered.notes(notes.read_text().splitlines(), releases[0].digest)
+    assert [len(note["predictions"]) for note in found] == [len(ROWS)] * 2
+
+
+def test_what_is_no_probability_is_not_answered_but_noted(device: Path, channel: Edge) -> None:
+    over = json.dumps(MISSING | {"delay": 3e38, "temp": -3e38})
+    refused(told(device, "score", given=over), "the model gave no probability")
+    (channel.folder / "answered").mkdir()
+    shutil.copy(device / "answered.jsonl", channel.folder / "answered")
+    assert channel.observe()["champion"].errors == 1
+
+
+def test_two_updates_at_once_are_one_after_the_other(
+    device: Path, channel: Edge, releases: list[Release]
+) -> None:
+    channel.start("champion", releases[1])
+    command = [sys.executable, device / "current" / "run.py", "update", channel.folder]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate()[0] for process in both)
+    changed = (device / "current" / "model.onnx").stat().st_size
+    assert said == ["0 bytes travelled\n", f"{changed:,} bytes travelled\n"]
+    assert scored(device) == pytest.approx(expected(releases[1]), abs=0.02)
+
+
+class Bad(BaseHTTPRequestHandler):
+    """A channel on a network that cuts in the middle of a file, or hangs there."""
+
+    folder: Path
+    hang = Event()
+
+    def do_GET(self) -> None:
+        content = (self.folder / self.path[1:]).read_bytes()
+        self.send_response(200)
+        if self.path.startswith("/files/"):
+            self.hang.wait()
+            self.send_header("transfer-encoding", "chunked")
+            content = b"%x\r\n" % len(content) + content[: len(content) // 2]
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_device_answers_while_an_update_hangs_and_after_it_was_cut(
+    device: Path, channel: Edge, releases: list[Release]
+) -> None:
+    before, held = scored(device), (device / "current").resolve()
+    channel.start("champion", releases[1])
+    Bad.folder = channel.folder
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bad)
+    Thread(target=server.serve_forever, daemon=True).start()
+    command = [sys.executable, device / "current" / "run.py", "update"]
+    updating = subprocess.Popen(
+        [*command, f"http://127.0.0.1:{server.server_port}"], stderr=subprocess.PIPE, text=True
+    )
+    while len(list((device / "releases").iterdir())) == 1:
+        time.sleep(0.01)
+    assert scored(device) == before
+    Bad.hang.set()
+    assert "IncompleteRead" in updating.communicate()[1]
+    server.shutdown()
+    server.server_close()
+    assert updating.returncode == 2
+    assert list((device / "releases").iterdir()) == [held]
+    assert scored(device) == before
 
 
 def test_over_http(device: Path, channel: Edge, releases: list[Release]) -> None:
