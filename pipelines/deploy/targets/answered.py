@@ -25,7 +25,7 @@ def notes(lines: Iterable[str], digest: str) -> list[dict[str, Any]]:
             continue
         try:
             note = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if note.get("bundle") == digest and "predictions" in note:
             found.append(note)

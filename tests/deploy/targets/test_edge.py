@@ -143,6 +143,22 @@ def test_a_folder_that_is_there_is_not_replaced(device: Path, channel: Edge) -> 
     assert (device / "answered.jsonl").read_text() == held
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(
+    channel: Edge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    for source, folder in ((tmp_path / "none", "new"), (channel.folder, "file/new")):
+        monkeypatch.setattr(sys, "argv", ["edge", str(source), "d", str(tmp_path / folder)])
+        assert edge.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("edge: error: ")
+        assert error.count("\n") == 1
+        assert not (tmp_path / folder).exists()
+
+
 def test_the_runner_is_short() -> None:
     assert len(edge.RUNNER.read_text().splitlines()) <= 200
 
@@ -267,6 +283,30 @@ def test_a_changed_channel_is_not_believed(device: Path, channel: Edge, change: 
     assert done.returncode == 2
     assert "signature is not of signing.pub" in done.stderr
     assert scored(device) == before
+
+
+def test_a_changed_channel_is_not_signed_anew(channel: Edge, releases: list[Release]) -> None:
+    """Who can write into the folder must not have the next release sign it for every device."""
+    path = channel.folder / "channel.json"
+    content = json.loads(path.read_text())
+    content["slots"]["champion"]["files"]["run.py"] = "0" * 64
+    for changed in (json.dumps(content), "{}", "[]", "[1]", "{"):
+        path.write_text(changed)
+        for act in (lambda: channel.start("challenger", releases[1]), channel.serving):
+            with pytest.raises(UserError, match="no channel that the key here signed"):
+                act()
+        assert path.read_text() == changed
+
+
+def test_a_file_that_was_damaged_on_its_way_back_spoils_no_other(
+    device: Path, channel: Edge
+) -> None:
+    scored(device)
+    (channel.folder / "answered").mkdir()
+    shutil.copy(device / "answered.jsonl", channel.folder / "answered")
+    damaged = b'\xff\xfe\n{"a": \xff}\n{"a":' + b"[" * 100_000
+    (channel.folder / "answered" / "other.jsonl").write_bytes(damaged)
+    assert channel.observe()["champion"].requests == len(ROWS)
 
 
 def test_an_older_channel_is_refused(
