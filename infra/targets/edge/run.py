@@ -25,7 +25,7 @@ from pathlib import Path
 P = 2**255 - 19
 ORDER = 2**252 + 27742317777372353535851937790883648493
 D = -121665 * pow(121666, -1, P) % P
-LARGEST = 2**128 - 2**104  # of the numbers that a float32 holds
+LARGEST = 2**128 - 2**104  # of the numbers that a float32 holds; NaN is not below it
 
 
 def add(p, q):
@@ -148,11 +148,11 @@ def answer(release, slot, rows=None):
     for name, kind in columns.items():
         text = kind == "string"
         blank, wanted, dtype = ("", [str], object) if text else (np.nan, [int, float], np.float32)
-        values = [blank if row[name] is None else row[name] for row in rows]
+        values = [row[name] for row in rows]
         for number, value in enumerate(values, start=1):
-            if type(value) not in wanted or (not text and abs(value) > LARGEST):
+            if not (value is None or (type(value) in wanted and (text or abs(value) <= LARGEST))):
                 raise ValueError(f"row {number}, column {name}: expected {kind} or null")
-        feed[name] = np.array(values, dtype)
+        feed[name] = np.array([blank if value is None else value for value in values], dtype)
     session = onnxruntime.InferenceSession(release / "model.onnx")
     return [float(p) if 0 <= p <= 1 else None for p in session.run(None, feed)[0]]
 
@@ -162,8 +162,8 @@ def score(root, lines):
     begun, rows = time.perf_counter(), []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line.decode(), parse_constant=int))  # NaN is no JSON,
-            json.dumps(rows[-1], ensure_ascii=False).encode()  # nor is half a pair of surrogates
+            rows.append(json.loads(line.decode()))
+            json.dumps(rows[-1], ensure_ascii=False).encode()  # half a surrogate is no text
         except (ValueError, RecursionError) as error:
             raise ValueError(f"row {number} is no JSON: {error}") from None
     if not rows:

@@ -5,12 +5,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pyarrow as pa
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines import bundle, stage, tables
 from pipelines.deploy.targets import Release
 
 WIDTH = 64
+# Whatever JSON can say, and Python's can read.
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
 
 
 def release(folder: Path, version: int) -> Release:

@@ -2,6 +2,8 @@
 the package that was published; callers ask the alias.
 """
 
+import base64
+import importlib.util
 import io
 import json
 import random
@@ -17,10 +19,15 @@ from typing import Any
 import boto3
 import pyarrow as pa
 import pytest
+from deploy.targets.bundles import ANY
 from deploy.targets.compliance import Compliance, Place
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moto.awslambda_simple.models import LambdaSimpleBackend
 
 from pipelines import bundle
+from pipelines.deploy.serve.contract import Contract
+from pipelines.deploy.serve.refusal import Refusal
 from pipelines.deploy.targets import Release, lambda_
 from pipelines.deploy.targets.lambda_ import Lambda
 from pipelines.errors import UserError
@@ -164,12 +171,18 @@ def test_a_call_is_answered_as_the_bundle_does(up: Lambda, releases: list[Releas
     ("body", "said"),
     [
         ("{", "Expecting property name"),
-        (json.dumps(RECORD | {"a": 1}), "record 0: column a is not of the contract"),
-        ('{"origin": "EWR", "delay": 3.5}', "record 0: column temp is missing"),
-        (json.dumps(RECORD | {"delay": "late"}), "record 0: delay is 'late'; expected float32"),
-        (json.dumps(RECORD | {"delay": True}), "record 0: delay is True; expected float32"),
+        (json.dumps(RECORD | {"a": 1}), "row 0, column a: missing, or not of the contract"),
+        ('{"origin": "EWR", "delay": 3.5}', "row 0, column temp: missing, or not of the contract"),
+        (json.dumps(RECORD | {"delay": "late"}), "row 0, column delay: expected float32 or null"),
+        (json.dumps(RECORD | {"delay": True}), "row 0, column delay: expected float32 or null"),
+        (json.dumps(RECORD | {"delay": 10**400}), "row 0, column delay: expected float32 or null"),
+        (json.dumps(RECORD).replace("3.5", "1e400"), "row 0, column delay: expected float32"),
+        (json.dumps(RECORD).replace("3.5", "NaN"), "row 0, column delay: expected float32 or null"),
+        (json.dumps(RECORD | {"origin": "\ud800"}), "surrogates not allowed"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+        (json.dumps({"records": [RECORD], "more": 1}), "row 0, column delay: missing"),
         ('{"records": []}', "expected a list of at least one record"),
-        ('{"records": [3]}', "record 0: expected an object"),
+        ('{"records": [3]}', "row 0: expected an object"),
         ("[1]", "object"),
     ],
 )
@@ -177,6 +190,53 @@ def test_what_breaks_the_contract_is_400_with_one_line(up: Lambda, body: str, sa
     answer = invoked({"body": body})
     assert answer["statusCode"] == 400
     assert said in json.loads(answer["body"])["error"]
+
+
+VALUES = ANY | st.integers(-(2**129), 2**129) | st.floats(-4e38, 4e38)
+BARE = st.fixed_dictionaries(dict.fromkeys(RECORD, VALUES)) | ANY
+EVENTS = BARE | st.lists(BARE, max_size=2).map(lambda records: {"records": records})
+
+
+def test_whatever_is_answered_is_what_the_service_takes_and_its_answer(
+    releases: list[Release], tmp_path: Path
+) -> None:
+    """Of any event, bare or as a gateway wraps it: an answer, or 400 with one line."""
+    zipfile.ZipFile(io.BytesIO(lambda_.package(releases[0]))).extractall(tmp_path)
+    spec = importlib.util.spec_from_file_location("handler", tmp_path / "handler.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    service = Contract(module.CONTRACT["columns"], max_rows=9)
+
+    def asked(text: str | bytes, event: Any) -> None:
+        answer = module.handler(event, None)
+        try:
+            columns = service.read(text if isinstance(text, bytes) else text.encode())
+        except Refusal:
+            assert answer["statusCode"] == 400
+            assert "\n" not in json.loads(answer["body"])["error"]
+            return
+        feed = dict(zip(service.texts, columns.texts, strict=True))
+        feed |= dict(zip(service.numbers, columns.numbers, strict=True))
+        right = module.SESSION.run(None, feed)[0].tolist()
+        if all(0 <= value <= 1 for value in right):
+            found = json.loads(answer["body"])["predictions"]
+            assert [one["probability"] for one in found] == right
+        else:
+            assert answer["statusCode"] == 500
+
+    @settings(max_examples=300, deadline=None)
+    @given(event=EVENTS, text=st.text(), content=st.binary())
+    def holds(event: Any, text: str, content: bytes) -> None:
+        body = json.dumps(event)
+        if event != {"ready": True}:  # which asks for another thing
+            asked(body, event)
+        asked(body, {"body": body})
+        asked(text, {"body": text})
+        asked(content, {"body": base64.b64encode(content).decode(), "isBase64Encoded": True})
+
+    holds()
 
 
 def test_the_same_release_is_one_package_and_one_version(
