@@ -3,19 +3,18 @@
 A process counts from zero; a slot must not. So the last that was read of each process is kept.
 """
 
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from pipelines.deploy import envoy
 from pipelines.deploy.envoy import Counted
 from pipelines.deploy.targets import Observation, scraped
 from pipelines.deploy.targets.scraped import Page
 
 
 def read(port: int) -> Page:
-    """Raises OSError, HTTPException or ValueError where there is nothing to read."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
-        return scraped.page(answer.read().decode())
+    """Raises OSError or ValueError where there is nothing to read."""
+    return scraped.page(envoy.page(f"http://127.0.0.1:{port}/metrics").decode())
 
 
 @dataclass

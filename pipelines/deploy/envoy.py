@@ -8,6 +8,7 @@ A cluster is one started release. Its name never comes again, so its counters ar
 """
 
 import hashlib
+import http.client
 import json
 import string
 import subprocess
@@ -151,9 +152,16 @@ class Admin:
         return Counted(broken, latency)
 
     def _get(self, path: str) -> dict[str, Any]:
-        quoted = urllib.parse.quote(path, safe="/?&=.")
-        with urllib.request.urlopen(self.url + quoted, timeout=2) as answer:
-            return dict(json.load(answer))
+        return dict(json.loads(page(self.url + urllib.parse.quote(path, safe="/?&=."))))
+
+
+def page(url: str) -> bytes:
+    """What a process of ours tells there. Raises OSError where it does not tell all of it."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bytes(answer.read())
+    except http.client.HTTPException as error:  # it died in the middle of its answer
+        raise OSError(f"{url}: {error!r}") from error
 
 
 def validate(bootstrap: Path) -> None:

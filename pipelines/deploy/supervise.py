@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,13 +61,10 @@ class Supervisor:
                 _free(name, self.traffic)
             bootstrap = envoy.prepare(self.config, self.traffic)
             envoy.validate(bootstrap)
-            watching = threading.Thread(target=self._watch, daemon=True)
+            watching = threading.Thread(target=self._again, args=(self._watch, REPORT), daemon=True)
             watching.start()
             try:
-                while not self.over.is_set():
-                    self._keep_proxy(bootstrap)
-                    self._settle()
-                    self.over.wait(TICK)
+                self._again(lambda: self._act(bootstrap), TICK)
             finally:
                 self.over.set()
                 watching.join()
@@ -83,6 +80,26 @@ class Supervisor:
                 said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
                 return f"{name} ends again and again: {said[-1] if said else 'no word'} ({log})"
         return None
+
+    def _again(self, turn: Callable[[], None], pause: float) -> None:
+        """Take this turn until `over`. One that fails is said, and the next goes on: what runs
+        serves meanwhile, and a disk that is full for a moment must not end it.
+        """
+        said = ""
+        while not self.over.is_set():
+            fault = ""
+            try:
+                turn()
+            except Exception as error:
+                fault = stage.one_line(error)
+                if fault != said:
+                    stage.say("supervise", f"a turn failed and is tried again: {fault}")
+            said = fault
+            self.over.wait(pause)
+
+    def _act(self, bootstrap: Path) -> None:
+        self._keep_proxy(bootstrap)
+        self._settle()
 
     def _keep_proxy(self, bootstrap: Path) -> None:
         if self.proxy is not None and self.proxy.poll() is None:
@@ -167,10 +184,9 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Read what the processes count, and report."""
-        while not self.over.wait(REPORT):
-            pages = {name: self._read(name, group) for name, group in list(self.groups.items())}
-            self.pages = pages
-            serving.report(self.folder, self._status())
+        pages = {name: self._read(name, group) for name, group in list(self.groups.items())}
+        self.pages = pages
+        serving.report(self.folder, self._status())
 
     def _read(self, name: str, group: Group) -> dict[int, Page]:
         kept = self.counts[name]

@@ -1,6 +1,7 @@
 """Envoy takes what is rendered, splits by it at once, and tries again only what is safe."""
 
 import itertools
+import socket
 import subprocess
 import threading
 import urllib.error
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines import stage
-from pipelines.deploy import envoy
+from pipelines.deploy import counts, envoy
 from pipelines.deploy.envoy import Admin, Way
 from pipelines.errors import UserError
 from pipelines.params import Params, Traffic
@@ -196,6 +197,25 @@ def test_what_replicas_count_is_not_for_callers(proxy: Proxy) -> None:
     proxy.routes({"c": [one]}, [Way(100, "c")])
     assert proxy.ask("/metrics") == 404
     assert one.asked == 0
+
+
+def test_a_process_that_dies_while_it_tells_is_one_that_cannot_be_read(params: Params) -> None:
+    """Who reads expects an OSError, and what http.client raises is none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def half() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{}")
+
+        threading.Thread(target=half).start()
+        with pytest.raises(OSError, match="IncompleteRead"):
+            Admin(free(params.traffic, admin_port=port)).healthy()
+        with pytest.raises(OSError, match="IncompleteRead"):
+            counts.read(port)
 
 
 def test_a_replica_that_fails_again_and_again_gets_nothing_for_a_while(proxy: Proxy) -> None:

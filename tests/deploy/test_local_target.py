@@ -10,12 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from deploy.served import Served, free, release, served, until
+from deploy.served import STANDIN, Served, free, release, served, until
 from deploy.targets.compliance import Compliance, Place
 from deploy.tiny import make_bundle
 from world import ROOT, Checkout
@@ -203,6 +204,42 @@ def test_a_kept_bundle_that_was_damaged_is_brought_again(tmp_path: Path) -> None
     assert stage.digest(kept) == wanted.digest
 
 
+@contextmanager
+def _supervised(
+    folder: Path, params: Params, program: Sequence[str] = STANDIN
+) -> Iterator[Supervisor]:
+    """A supervisor in this process, told of a champion."""
+    made = Supervisor(folder / "serving", free(params.traffic), program)
+    Local(made.folder).start("champion", release(folder, 1))
+    running = threading.Thread(target=made.run)
+    running.start()
+    try:
+        yield made
+    finally:
+        made.over.set()
+        running.join()
+
+
+def test_a_turn_that_fails_is_said_once_and_the_next_goes_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, params: Params
+) -> None:
+    """Neither the thread that acts nor the one that reports ends by it."""
+    with _supervised(tmp_path, params) as supervisor:
+        target = Local(supervisor.folder)
+        until(lambda: target.healthy("champion"))
+        wanted, told = supervisor.folder / "desired.json", supervisor.folder / "status.json"
+        kept = wanted.rename(tmp_path / "kept.json")
+        wanted.write_text("{")
+        told.unlink()
+        told.mkdir()  # nothing takes its place
+        time.sleep(2)
+        assert capsys.readouterr().out.count("a turn failed") == 2
+        kept.replace(wanted)
+        told.rmdir()
+        target.start("challenger", release(tmp_path, 2))
+        until(lambda: target.healthy("champion") and target.healthy("challenger"))
+
+
 @pytest.mark.parametrize("name", ["port", "admin_port"])
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path, params: Params, name: str) -> None:
     with socket.socket() as other:
@@ -215,16 +252,9 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path, params: Params, name: 
 
 def test_what_ends_again_and_again_is_told(tmp_path: Path, params: Params) -> None:
     program = (sys.executable, "-c", "raise SystemExit('no such model')")
-    supervisor = Supervisor(tmp_path / "serving", free(params.traffic), program)
-    Local(tmp_path / "serving").start("champion", release(tmp_path, 1))
-    running = threading.Thread(target=supervisor.run)
-    running.start()
-    try:
+    with _supervised(tmp_path, params, program) as supervisor:
         until(lambda: supervisor.trouble() is not None)
         assert "release-1 ends again and again: no such model" in str(supervisor.trouble())
-    finally:
-        supervisor.over.set()
-        running.join()
 
 
 def test_nothing_served_is_nothing_to_restart(tmp_path: Path) -> None:
