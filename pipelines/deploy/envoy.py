@@ -26,8 +26,6 @@ from pipelines.params import Traffic
 
 TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
 TYPES = "type.googleapis.com/envoy.config"
-# What a replica counts is for who runs it, at its own port.
-HIDDEN = {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
         if way.copy is not None:
             route["route"]["request_mirror_policies"] = [{"cluster": way.copy}]
         made.append(route)
-    host = {"name": "all", "domains": ["*"], "routes": [HIDDEN, *made]}
+    # Until there is a way no path is a wrong one.
+    rest = {"match": {"prefix": "/"}, "direct_response": {"status": 404 if ways else 503}}
+    host = {"name": "all", "domains": ["*"], "routes": [*made, rest]}
     table = {"@type": f"{TYPES}.route.v3.RouteConfiguration", "name": "traffic"}
     return _publish(folder / "routes.json", [table | {"virtual_hosts": [host]}])
 

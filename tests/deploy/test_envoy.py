@@ -1,11 +1,11 @@
 """Envoy takes what is rendered, splits by it at once, and tries again only what is safe."""
 
+import http.client
 import itertools
+import json
 import socket
 import subprocess
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pipelines import stage
 from pipelines.deploy import counts, envoy
 from pipelines.deploy.envoy import Admin, Way
+from pipelines.deploy.replicas import free_port
 from pipelines.errors import UserError
 from pipelines.params import Params, Traffic
 
@@ -76,14 +77,14 @@ class Proxy:
         until(lambda: self.admin.applied("rds") == version)
 
     def ask(self, path: str = "/predict", **headers: str) -> int:
+        return self.answer(path, **headers).status
+
+    def answer(self, path: str, **headers: str) -> http.client.HTTPResponse:
+        """Of any path, as it is."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        url = f"http://127.0.0.1:{self.traffic.port}{path}"
-        request = urllib.request.Request(url, b"{}", named)
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
+        connection = http.client.HTTPConnection("127.0.0.1", self.traffic.port, timeout=10)
+        connection.request("POST", path, b"{}", named)
+        return connection.getresponse()
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_routes_one_after_another_give_the_shares(
     envoy.routes(tmp_path, params.traffic, ways)
     table = stage.read_json(tmp_path / "routes.json")["resources"][0]
     left, shares = 1.0, []
-    for route in table["virtual_hosts"][0]["routes"][1:]:
+    for route in table["virtual_hosts"][0]["routes"][:-1]:
         part = route["match"]["runtime_fraction"]["default_value"]["numerator"] / 1e6
         shares.append(100 * left * part)
         left *= 1 - part
@@ -192,11 +193,38 @@ def test_no_header_of_a_caller_sets_how_it_is_tried(proxy: Proxy) -> None:
     assert bad.asked == 1
 
 
-def test_what_replicas_count_is_not_for_callers(proxy: Proxy) -> None:
+def test_only_what_is_for_callers_reaches_a_replica(proxy: Proxy) -> None:
+    """However the path is spelled; the rest is refused in the form of the service's refusals."""
     one = Replica(200)
     proxy.routes({"c": [one]}, [Way(100, "c")])
-    assert proxy.ask("/metrics") == 404
+    for path in (
+        "/metrics", "/%6detrics", "//metrics", "/./metrics", "/metrics/", "/metrics?x", "/METRICS",
+        "/v2/../metrics", "/v2/%2e%2e/metrics", "/v2/..%2fmetrics", "/v2/..%5cmetrics",
+        "/v2/..\\metrics", "/v2#/../metrics", "http://x/metrics", "/v2x", "/predict/", "/", "*",
+    ):  # fmt: skip
+        answer = proxy.answer(path)
+        assert answer.status in (400, 404), path
+        assert json.loads(answer.read())["error"], path
     assert one.asked == 0
+    for path in ("/predict", "/%70redict", "/predict?/metrics", "/v2", "/v2/x", "/openapi.json"):
+        assert proxy.answer(path).status == 200, path
+    assert one.asked == 6
+
+
+def test_where_nothing_can_answer_a_caller_is_told_to_come_again(proxy: Proxy) -> None:
+    """Before there is a way, and before a replica of the way is up."""
+
+    def asked() -> None:
+        answer = proxy.answer("/predict")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert json.loads(answer.read()) == {"error": "no replica can answer now"}
+
+    asked()
+    envoy.endpoints(proxy.folder, "c", [free_port()])
+    envoy.clusters(proxy.folder, proxy.traffic, ["c"])
+    version = envoy.routes(proxy.folder, proxy.traffic, [Way(100, "c")])
+    until(lambda: proxy.admin.applied("rds") == version)
+    asked()
 
 
 def test_a_process_that_dies_while_it_tells_is_one_that_cannot_be_read(params: Params) -> None:

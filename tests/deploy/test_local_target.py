@@ -133,8 +133,10 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_goes_on(here: Served) -
     here.process.wait()
     until(lambda: not any(process.is_running() for process in processes), 10)
     until(lambda: not here.target.healthy("champion"), 10)
-    here.start()
-    until(lambda: here.target.healthy("champion"))
+    with Callers(here) as callers:
+        here.start()
+        until(lambda: here.target.healthy("champion"))
+    assert not any("404" in said for said in callers.seen), callers.seen
     assert set(here.ask(5)) == {_champion(here).digests[0]}
 
 
