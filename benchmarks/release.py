@@ -116,7 +116,8 @@ class Home:
     def serving(self) -> Iterator[Served]:
         """The champion, whole, until the block ends."""
         env = {"HEADRACE_FAULTS": json.dumps(self.faults)}
-        here = Served(Path(".state/serving").resolve(), self.params.traffic, FAULTY, env)
+        folder = Path(".state/serving").resolve()
+        here = Served(folder, self.params.traffic, self.params.serve, FAULTY, env)
         here.start()
         try:
             if serving.desired(here.folder).champion is None:

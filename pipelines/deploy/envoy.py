@@ -1,6 +1,6 @@
 """Envoy, the proxy before the replicas: its files, rendered from params.yaml, and what it counts.
 
-in:   infra/envoy/*.yaml, the block `traffic` of params.yaml
+in:   infra/envoy/*.yaml, the blocks `traffic` and `serve` of params.yaml
 out:  in one folder: bootstrap.yaml, read once; clusters.json, routes.json and one endpoints file
       per cluster, which Envoy watches. Each takes the place of the one before by a rename.
 
@@ -22,7 +22,7 @@ import yaml
 
 from pipelines import stage
 from pipelines.errors import UserError
-from pipelines.params import Traffic
+from pipelines.params import Serve, Traffic
 
 TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
 TYPES = "type.googleapis.com/envoy.config"
@@ -47,12 +47,13 @@ class Counted:
     latency: dict[float, int]
 
 
-def prepare(folder: Path, traffic: Traffic) -> Path:
+def prepare(folder: Path, traffic: Traffic, serve: Serve) -> Path:
     """Write the bootstrap, and routes and clusters of nothing where there are none yet."""
     folder.mkdir(parents=True, exist_ok=True)
     bootstrap = folder / "bootstrap.yaml"
     with stage.whole(bootstrap) as partial:
-        partial.write_text(yaml.safe_dump(_render("bootstrap", traffic, folder=folder.resolve())))
+        values = serve.model_dump() | {"folder": folder.resolve()}
+        partial.write_text(yaml.safe_dump(_render("bootstrap", traffic, **values)))
     clusters(folder, traffic, [])
     routes(folder, traffic, [])
     return bootstrap

@@ -26,7 +26,7 @@ from pipelines.deploy.serving import Desired, Serving, Started, Status
 from pipelines.deploy.targets import Slot
 from pipelines.deploy.targets.scraped import Page
 from pipelines.errors import UserError
-from pipelines.params import Traffic
+from pipelines.params import Serve, Traffic
 
 TICK = 0.1  # seconds
 REPORT = 0.4
@@ -37,8 +37,10 @@ REPLICA = (sys.executable, "-m", "pipelines.deploy.serve")
 class Supervisor:
     """Replicas, Envoy and the files between. One thread acts, another reads what came of it."""
 
-    def __init__(self, folder: Path, traffic: Traffic, program: Sequence[str] = REPLICA) -> None:
-        self.folder, self.traffic, self.program = folder, traffic, program
+    def __init__(
+        self, folder: Path, traffic: Traffic, serve: Serve, program: Sequence[str] = REPLICA
+    ) -> None:
+        self.folder, self.traffic, self.serve, self.program = folder, traffic, serve, program
         self.config = folder / "envoy"
         self.admin = envoy.Admin(traffic)
         self.groups: dict[str, Group] = {}
@@ -59,7 +61,7 @@ class Supervisor:
         with stage.alone(self.folder / serving.LOCK, busy):
             for name in ("port", "admin_port"):
                 _free(name, self.traffic)
-            bootstrap = envoy.prepare(self.config, self.traffic)
+            bootstrap = envoy.prepare(self.config, self.traffic, self.serve)
             envoy.validate(bootstrap)
             watching = threading.Thread(target=self._again, args=(self._watch, REPORT), daemon=True)
             watching.start()

@@ -36,7 +36,7 @@ def _serve(params: Params) -> None:
     if params.serve.keys is not None:
         Keys(Path(params.serve.keys), params.serve.rate_limit)  # that it can be read
     begin(params, target)
-    supervisor = Supervisor(serving.FOLDER, params.traffic)
+    supervisor = Supervisor(serving.FOLDER, params.traffic, params.serve)
     for stopping in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stopping, lambda *_: supervisor.over.set())
     telling = threading.Thread(target=_tell, args=(params, target, supervisor), daemon=True)

@@ -21,7 +21,7 @@ from pipelines.deploy import serving
 from pipelines.deploy.replicas import free_port
 from pipelines.deploy.targets import Release
 from pipelines.deploy.targets.local import Local
-from pipelines.params import Params, Traffic
+from pipelines.params import Params, Serve, Traffic
 
 STANDIN = (sys.executable, str(ROOT / "tests" / "deploy" / "standin.py"))
 FAULTY = (sys.executable, str(ROOT / "tests" / "deploy" / "faulty.py"))
@@ -29,9 +29,9 @@ RUN = """
 import json, signal, sys
 from pathlib import Path
 from pipelines.deploy.supervise import Supervisor
-from pipelines.params import Traffic
-folder, traffic, program = json.loads(sys.argv[1])
-supervisor = Supervisor(Path(folder), Traffic(**traffic), program)
+from pipelines.params import Serve, Traffic
+folder, traffic, serve, program = json.loads(sys.argv[1])
+supervisor = Supervisor(Path(folder), Traffic(**traffic), Serve(**serve), program)
 signal.signal(signal.SIGTERM, lambda *_: supervisor.over.set())
 supervisor.run()
 """
@@ -43,6 +43,7 @@ class Served:
 
     folder: Path
     traffic: Traffic
+    serve: Serve
     program: Sequence[str]
     env: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
@@ -52,7 +53,8 @@ class Served:
         return Local(self.folder)
 
     def start(self) -> None:
-        given = [str(self.folder), self.traffic.model_dump(), list(self.program)]
+        blocks = [self.traffic.model_dump(), self.serve.model_dump()]
+        given = [str(self.folder), *blocks, list(self.program)]
         command = [sys.executable, "-c", RUN, json.dumps(given)]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | self.env
         self.process = subprocess.Popen(command, env=env)
@@ -100,7 +102,7 @@ def served(
     bundle.
     """
     env = {"HEADRACE_FAULTS": json.dumps(dict(faults or {}))}
-    made = Served(folder, free(params.traffic, **changes), program, env)
+    made = Served(folder, free(params.traffic, **changes), params.serve, program, env)
     made.start()
     try:
         yield made

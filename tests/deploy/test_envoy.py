@@ -1,10 +1,8 @@
 """Envoy takes what is rendered, splits by it at once, and tries again only what is safe."""
 
-import http.client
 import itertools
 import json
 import socket
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from deploy.proxied import Proxy, proxied
 from deploy.served import free, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +20,7 @@ from pipelines.deploy import counts, envoy
 from pipelines.deploy.envoy import Admin, Way
 from pipelines.deploy.replicas import free_port
 from pipelines.errors import UserError
-from pipelines.params import Params, Traffic
+from pipelines.params import Params
 
 
 class Replica:
@@ -59,61 +58,14 @@ class Replica:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-class Proxy:
-    """A running Envoy and its folder."""
-
-    def __init__(self, folder: Path, traffic: Traffic) -> None:
-        self.folder, self.traffic, self.admin = folder, traffic, Admin(traffic)
-
-    def routes(self, clusters: dict[str, list[Replica]], ways: list[Way]) -> None:
-        """Serve these, once all are healthy."""
-        for name, replicas in clusters.items():
-            envoy.endpoints(self.folder, name, [one.port for one in replicas])
-        version = envoy.clusters(self.folder, self.traffic, list(clusters))
-        until(lambda: self.admin.applied("cds") == version)
-        ports = {name: {one.port for one in replicas} for name, replicas in clusters.items()}
-        until(lambda: self.admin.healthy() == ports)
-        version = envoy.routes(self.folder, self.traffic, ways)
-        until(lambda: self.admin.applied("rds") == version)
-
-    def ask(self, path: str = "/predict", **headers: str) -> int:
-        return self.answer(path, **headers).status
-
-    def answer(self, path: str, **headers: str) -> http.client.HTTPResponse:
-        """Of any path, as it is."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection("127.0.0.1", self.traffic.port, timeout=10)
-        connection.request("POST", path, b"{}", named)
-        return connection.getresponse()
-
-
 @pytest.fixture
 def proxy(tmp_path: Path, params: Params) -> Iterator[Proxy]:
-    traffic = free(params.traffic, timeout_seconds=1)
-    bootstrap = envoy.prepare(tmp_path, traffic)
-    command = envoy.command(bootstrap, tmp_path / "envoy.log")
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, env={"PATH": stage.search_path()}, start_new_session=True
-    )
-    assert process.stdin is not None
-    made = Proxy(tmp_path, traffic)
-    try:
-        until(lambda: _up(made.admin))
+    with proxied(tmp_path, free(params.traffic, timeout_seconds=1), params.serve) as made:
         yield made
-    finally:
-        process.stdin.close()
-        assert process.wait(10) == 0
-
-
-def _up(admin: Admin) -> bool:
-    try:
-        return admin.healthy() == {}
-    except OSError:
-        return False
 
 
 def test_envoy_itself_takes_the_bootstrap(tmp_path: Path, params: Params) -> None:
-    envoy.validate(envoy.prepare(tmp_path, params.traffic))
+    envoy.validate(envoy.prepare(tmp_path, params.traffic, params.serve))
 
 
 def test_what_envoy_refuses_is_one_line(tmp_path: Path) -> None:
@@ -164,6 +116,23 @@ def test_what_nobody_answered_is_tried_again(proxy: Proxy, status: int) -> None:
     assert bad.asked > 0
     assert good.asked == 20
     assert proxy.admin.counted("c").errors == 0
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_largest_body_is_answered_copied_and_tried_again(
+    proxy: Proxy, params: Params, chunked: bool
+) -> None:
+    largest = b" " * params.serve.max_body_bytes
+    bad, good, copied = Replica(0), Replica(200), Replica(200)
+    proxy.routes({"c": [bad, good], "d": [copied]}, [Way(100, "c", "d")])
+    for _ in range(4):
+        assert proxy.answer("/predict", [largest] if chunked else largest).status == 200
+    assert bad.asked > 0
+    assert good.asked == 4
+    until(lambda: copied.asked == 4)
+    answer = proxy.answer("/predict", [largest, b" "] if chunked else largest + b" ")
+    assert answer.status == 413
+    assert json.loads(answer.read()) == {"error": "the body is too large; at most 4000000 bytes"}
 
 
 @pytest.mark.parametrize("status", [400, 422, 429, 500])

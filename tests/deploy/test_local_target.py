@@ -188,7 +188,7 @@ def test_health_checks_are_no_answers_and_refusals_no_good_ones(here: Served) ->
 
 def test_one_folder_has_one_supervisor(here: Served, params: Params) -> None:
     with pytest.raises(UserError, match="another supervisor"):
-        Supervisor(here.folder, here.traffic).run()
+        Supervisor(here.folder, here.traffic, params.serve).run()
 
 
 def test_a_bundle_that_is_not_its_name_is_not_started(here: Served, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def _supervised(
     folder: Path, params: Params, program: Sequence[str] = STANDIN
 ) -> Iterator[Supervisor]:
     """A supervisor in this process, told of a champion."""
-    made = Supervisor(folder / "serving", free(params.traffic), program)
+    made = Supervisor(folder / "serving", free(params.traffic), params.serve, program)
     Local(made.folder).start("champion", release(folder, 1))
     running = threading.Thread(target=made.run)
     running.start()
@@ -249,7 +249,7 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path, params: Params, name: 
         other.listen()
         traffic = free(params.traffic, **{name: other.getsockname()[1]})
         with pytest.raises(UserError, match=f"traffic.{name} is .*expected one that is free"):
-            Supervisor(tmp_path / "serving", traffic).run()
+            Supervisor(tmp_path / "serving", traffic, params.serve).run()
 
 
 def test_what_ends_again_and_again_is_told(tmp_path: Path, params: Params) -> None:

@@ -10,18 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from deploy import bundles
+from deploy.proxied import proxied
 from deploy.replica import Replica, serving, until
+from deploy.served import free
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+from pipelines.deploy.envoy import Way
+from pipelines.params import load
 
 ROW = {"origin": "JFK", "x": 0.5, "y": None}
 MANY = 10_000
@@ -49,6 +53,22 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
             assert made.metric("headrace_requests_total", route=route, status="500") == 0
 
 
+@pytest.fixture(scope="module")
+def proxy(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """Envoy, as if it were the replica behind it."""
+    folder, params = tmp_path_factory.mktemp("envoy"), load(replica.folder / "params.yaml")
+    with proxied(folder, free(params.traffic), params.serve) as made:
+        made.routes({"c": [replica]}, [Way(100, "c")])
+        yield Replica(folder, made.traffic.port, made.process)
+
+
+@pytest.fixture(params=["replica", "proxy"])
+def door(request: pytest.FixtureRequest) -> Replica:
+    """Where a client comes in."""
+    found: Replica = request.getfixturevalue(request.param)
+    return found
+
+
 def _memory(replica: Replica) -> int:
     assert replica.process is not None
     return int(psutil.Process(replica.process.pid).memory_info().rss)
@@ -61,10 +81,11 @@ def _connect(replica: Replica) -> socket.socket:
 
 
 def _rest(connection: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+    """All that comes until the server closes, in whatever way."""
     parts = []
-    while part := connection.recv(65536):
-        parts.append(part)
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
     return b"".join(parts)
 
 
@@ -153,10 +174,7 @@ def test_any_bytes_on_the_wire_are_no_fault(replica: Replica, sent: bytes) -> No
     with _connect(replica) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        try:
-            found = _rest(connection)
-        except ConnectionResetError:
-            found = b""
+        found = _rest(connection)
     assert not found or found.split(b" ")[1][:1] in (b"2", b"4"), found
 
 
@@ -167,7 +185,26 @@ def test_any_bytes_on_the_wire_are_no_fault(replica: Replica, sent: bytes) -> No
 )
 def test_a_slow_client_is_let_go(replica: Replica, begun: bytes) -> None:
     """One that sends a letter now and then too."""
-    with _connect(replica) as connection:
+    answer = _until_let_go(replica, begun)
+    if begun.endswith(b"{"):
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"the body did not come within 1 s" in answer
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"POST /pre", HEAD, HEAD + b"content-length: 100\r\n\r\n{"],
+    ids=["half a line", "half a header", "half a body"],
+)
+def test_envoy_lets_a_slow_client_go(proxy: Replica, begun: bytes) -> None:
+    answer = _until_let_go(proxy, begun)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"the request did not come within 1 s" in answer
+
+
+def _until_let_go(door: Replica, begun: bytes) -> bytes:
+    """Begin, send a letter now and then, and return what is answered."""
+    with _connect(door) as connection:
         connection.sendall(begun)
         begin, over = time.monotonic(), threading.Event()
 
@@ -180,24 +217,18 @@ def test_a_slow_client_is_let_go(replica: Replica, begun: bytes) -> None:
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        try:
-            found = _rest(connection)
-        except ConnectionResetError:
-            found = b""
-        finally:
-            over.set()
-            dripping.join()
+        found = _rest(connection)
+        over.set()
+        dripping.join()
     assert time.monotonic() - begin < 10
-    if begun.endswith(b"{"):
-        assert found.startswith(b"HTTP/1.1 408 ")
-        assert b"the body did not come within 1 s" in found
+    return found
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_hundred_megabytes_are_refused_and_not_kept(replica: Replica, chunked: bool) -> None:
-    before = _memory(replica)
+def test_a_hundred_megabytes_are_refused_and_not_kept(door: Replica, chunked: bool) -> None:
+    before = _memory(door)
     size, piece = 100_000_000, b'{"x": ' * 10_000
-    with _connect(replica) as connection:
+    with _connect(door) as connection:
         length = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % size
         connection.sendall(HEAD + length + b"\r\n\r\n")
         left = size
@@ -212,50 +243,81 @@ def test_a_hundred_megabytes_are_refused_and_not_kept(replica: Replica, chunked:
             answered += connection.recv(65536)
     assert answered.startswith(b"HTTP/1.1 413 "), answered
     assert b"the body is too large; at most" in answered
-    assert _memory(replica) - before < 40_000_000
-    assert replica.post("/predict", ROW).status == 200
+    assert _memory(door) - before < 40_000_000
+    assert door.post("/predict", ROW).status == 200
 
 
 def test_many_half_bodies_are_not_all_kept(replica: Replica) -> None:
     """Bodies that never end cannot fill the memory: beyond a sum they are refused."""
-    before, half = _memory(replica), b" " * 3_000_000
-    statuses: Counter[bytes] = Counter()
-
-    def send() -> None:
-        with _connect(replica) as connection:
-            try:
-                connection.sendall(HEAD + b"content-length: 3900000\r\n\r\n" + half)
-                statuses[connection.recv(12)] += 1
-            except OSError:
-                statuses[b"closed"] += 1
-
-    threads = [threading.Thread(target=send) for _ in range(100)]
-    for thread in threads:
-        thread.start()
-    most = 0
-    while any(thread.is_alive() for thread in threads):
-        most = max(most, _memory(replica) - before)
-        time.sleep(0.02)
-    assert set(statuses) <= {b"HTTP/1.1 408", b"HTTP/1.1 429", b"closed"}, statuses
+    statuses, most = _half_bodies(replica, 100)
+    assert statuses <= {b"HTTP/1.1 408", b"HTTP/1.1 429", b"closed"}
     assert most < 250_000_000
     assert replica.post("/predict", ROW).status == 200
 
 
+def test_many_half_bodies_are_not_all_kept_by_envoy(proxy: Replica) -> None:
+    statuses, most = _half_bodies(proxy, 500)
+    assert statuses <= {b"HTTP/1.1 408", b"HTTP/1.1 503", b"closed"}
+    assert most < 800_000_000
+    assert proxy.post("/predict", ROW).status == 200
+
+
+def _half_bodies(door: Replica, count: int) -> tuple[set[bytes], int]:
+    """Clients that send 3 MB each and then nothing: what they got, and by how much the memory grew
+    meanwhile.
+    """
+    before, half = _memory(door), b" " * 3_000_000
+    statuses: set[bytes] = set()
+
+    def send() -> None:
+        with _connect(door) as connection:
+            try:
+                connection.sendall(HEAD + b"content-length: 3900000\r\n\r\n" + half)
+                statuses.add(connection.recv(12))
+            except OSError:
+                statuses.add(b"closed")
+
+    threads = [threading.Thread(target=send) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, _memory(door) - before)
+        time.sleep(0.02)
+    return statuses, most
+
+
+def test_half_bodies_wait_in_envoy_and_hold_no_replica(replica: Replica, proxy: Replica) -> None:
+    """More of them than Envoy may have connections to replicas; other callers are answered."""
+    with _files(), ExitStack() as held:
+        slow = [held.enter_context(_connect(proxy)) for _ in range(1100)]
+        for connection in slow:
+            connection.sendall(HEAD + b"content-length: 100\r\n\r\n{")
+        assert {proxy.post("/predict", ROW).status for _ in range(20)} == {200}
+        assert _open(replica) < 100
+        assert {connection.recv(12) for connection in slow} == {b"HTTP/1.1 408"}
+
+
 def test_ten_thousand_connections_are_held_answered_and_let_go(tmp_path: Path) -> None:
     """As many of them as this process may open."""
+    digest = bundles.make(tmp_path / "bundle")
+    arguments = ("--bundle", tmp_path / "bundle", "--digest", digest)
+    with _files() as hard, serving(tmp_path / "home", *arguments) as replica:
+        _hold(replica, min(MANY, hard - 500))
+        first = _memory(replica)
+        # Later, the memory of the first serves again.
+        _hold(replica, min(MANY, hard - 500) // 2)
+        assert _memory(replica) - first < 20_000_000
+        assert first < 600_000_000
+
+
+@contextmanager
+def _files() -> Iterator[int]:
+    """As many open files as this process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    digest = bundles.make(tmp_path / "bundle")
     try:
-        with serving(
-            tmp_path / "home", "--bundle", tmp_path / "bundle", "--digest", digest
-        ) as replica:
-            _hold(replica, min(MANY, hard - 500))
-            first = _memory(replica)
-            # Later, the memory of the first serves again.
-            _hold(replica, min(MANY, hard - 500) // 2)
-            assert _memory(replica) - first < 20_000_000
-            assert first < 600_000_000
+        yield hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
