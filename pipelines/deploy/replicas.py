@@ -6,6 +6,7 @@ A replica ends when its standard input does, so none outlives the supervisor, ho
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ FORGIVEN = 10.0
 HUNG = 60.0
 # One that was told to end and does not, ends anyway.
 DRAIN = 30.0
+# Where the last word of one that ended stands.
+TAIL = 65536  # bytes of its log
 # From the moment Envoy no longer names an endpoint until its replica is told to end.
 QUIET = 0.5
 
@@ -56,8 +59,12 @@ class Group:
 
     def __init__(self, folder: Path, program: Sequence[str], started: Started) -> None:
         self.folder, self.program, self.started = folder, program, started
+        self.log = folder / "logs" / f"{started.name}.log"
         self.replicas: list[Replica] = []
         self.restarts = 0
+        # By turn: how many in a row ended before they were of use; and what the last of them said.
+        self.stillborn: Counter[int] = Counter()
+        self.last_word = ""
         self.delay, self.not_before = FIRST_DELAY, 0.0
 
     @property
@@ -77,6 +84,8 @@ class Group:
         now = time.monotonic()
         self._bury(now)
         for one in self.replicas:
+            if one.port in healthy and one.since is None:
+                self.stillborn[one.turn] = 0
             one.note(one.port in healthy, now)
             if one.leaving is None and now - one.well > HUNG:
                 one.process.kill()
@@ -111,6 +120,9 @@ class Group:
             one.process.stdin.close()
             if one.leaving is None:
                 self.restarts += 1
+                if one.since is None:
+                    self.stillborn[one.turn] += 1
+                    self.last_word = last_word(self.log)
                 settled = one.since is not None and now - one.since > FORGIVEN
                 self.delay = FIRST_DELAY if settled else min(2 * self.delay, LAST_DELAY)
                 self.not_before = now + self.delay
@@ -123,9 +135,8 @@ class Group:
         if self.started.fallback is not None:
             spare = bundle_of(self.folder, self.started.fallback)
             command += ["--fallback", spare, "--fallback-digest", self.started.fallback]
-        logs = self.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"{self.started.name}.log").open("ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [*map(str, command), "--port", str(port), "--with-parent"],
                 stdin=subprocess.PIPE,
@@ -135,6 +146,16 @@ class Group:
                 start_new_session=True,
             )
         return Replica(process, port, turn)
+
+
+def last_word(log: Path) -> str:
+    """The last line that is no record, of which those that live write more: why a process ended."""
+    lines: list[str] = []
+    if log.exists():
+        with log.open("rb") as held:
+            held.seek(max(0, log.stat().st_size - TAIL))
+            lines = held.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line and line[0] != "{"), "no word")
 
 
 def free_port() -> int:

@@ -86,8 +86,9 @@ class Serving:
 
 @dataclass(frozen=True)
 class Status:
-    """What is, `at` a time: `percent` and `shadow` as Envoy has them in force, and how often all
-    replicas were to be replaced, as far as the supervisor has heard.
+    """What is, `at` a time: `percent` and `shadow` as Envoy has them in force, how often all
+    replicas were to be replaced, as far as the supervisor has heard, and by its name what keeps on
+    ending since.
     """
 
     at: float = 0.0
@@ -96,6 +97,7 @@ class Status:
     percent: int = 0
     shadow: bool = False
     restarts: int = 0
+    trouble: dict[str, str] = field(default_factory=dict)
     slots: dict[Slot, Serving] = field(default_factory=dict)
 
 

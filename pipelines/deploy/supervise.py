@@ -21,7 +21,7 @@ from pipelines import stage
 from pipelines.deploy import counts, envoy, serving
 from pipelines.deploy.counts import Counts
 from pipelines.deploy.envoy import Way
-from pipelines.deploy.replicas import Group
+from pipelines.deploy.replicas import FORGIVEN, Group, last_word
 from pipelines.deploy.serving import Desired, Serving, Started, Status
 from pipelines.deploy.targets import Slot
 from pipelines.deploy.targets.scraped import Page
@@ -48,11 +48,13 @@ class Supervisor:
         self.counts: dict[str, Counts] = {}
         self.pages: dict[str, dict[int, Page]] = {}
         self.proxy: subprocess.Popen[bytes] | None = None
-        self.falls = 0  # of the proxy
+        # Of the proxy: when it began, how often in a row it fell soon, and its last word.
+        self.begun, self.falls, self.last_word = 0.0, 0, ""
         self.wanted = Desired()
         # Who answers the callers: the champion, once it is healthy for the first time.
         self.answering: Started | None = None
         self.ways: list[Way] = []
+        self.said: set[str] = set()
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -72,16 +74,18 @@ class Supervisor:
                 watching.join()
                 self._end()
 
-    def trouble(self) -> str | None:
-        """What keeps on ending before it was of use, and what it said last."""
-        falls = {"envoy": self.falls}
-        falls |= {name: one.restarts for name, one in list(self.groups.items()) if not one.ready}
-        for name, times in falls.items():
-            if times > 1:
-                log = self.folder / "logs" / f"{name}.log"
-                said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-                return f"{name} ends again and again: {said[-1] if said else 'no word'} ({log})"
-        return None
+    def trouble(self) -> dict[str, str]:
+        """What keeps on ending before it is of use, by its name, in one line."""
+        turn = self.wanted.restarts
+        groups = list(self.groups.items())
+        words = {name: one.last_word for name, one in groups if one.stillborn[turn] > 1}
+        if self.falls > 1:
+            words["envoy"] = self.last_word
+        logs = self.folder / "logs"
+        return {
+            name: f"{name} ends again and again: {word} ({logs / name}.log)"
+            for name, word in words.items()
+        }
 
     def _again(self, turn: Callable[[], None], pause: float) -> None:
         """Take this turn until `over`. One that fails is said, and the next goes on: what runs
@@ -104,14 +108,18 @@ class Supervisor:
         self._settle()
 
     def _keep_proxy(self, bootstrap: Path) -> None:
+        log = self.folder / "logs" / "envoy.log"
+        log.parent.mkdir(exist_ok=True)
+        if time.monotonic() - self.begun > FORGIVEN:
+            self.falls = 0
         if self.proxy is not None and self.proxy.poll() is None:
             return
         if self.proxy is not None:
             self.falls += 1
+            self.last_word = last_word(log)
             _release(self.proxy)
             time.sleep(1)  # one that cannot start must not spin
-        (self.folder / "logs").mkdir(exist_ok=True)
-        log = self.folder / "logs" / "envoy.log"
+        self.begun = time.monotonic()
         with log.open("ab") as out:
             self.proxy = subprocess.Popen(
                 envoy.command(bootstrap, log),
@@ -185,10 +193,14 @@ class Supervisor:
         return any(name in (way.cluster, way.copy) for way in self.ways)
 
     def _watch(self) -> None:
-        """Read what the processes count, and report."""
+        """Read what the processes count, report, and say trouble as it begins."""
         pages = {name: self._read(name, group) for name, group in list(self.groups.items())}
         self.pages = pages
-        serving.report(self.folder, self._status())
+        status = self._status()
+        for name in status.trouble.keys() - self.said:
+            stage.say("supervise", status.trouble[name])
+        self.said = set(status.trouble)
+        serving.report(self.folder, status)
 
     def _read(self, name: str, group: Group) -> dict[int, Page]:
         kept = self.counts[name]
@@ -215,6 +227,7 @@ class Supervisor:
             percent=sum(way.percent for way in ways[:-1]),
             shadow=any(way.copy for way in ways),
             restarts=wanted.restarts,
+            trouble=self.trouble(),
             slots=slots,
         )
 

@@ -65,15 +65,10 @@ def begin(params: Params, target: Local) -> None:
 def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
     """How to ask, once there is somebody to ask."""
     stage.say("up", "starting, a few seconds")
-    told: set[str] = set()
     # What the supervisor before this one reported says nothing.
     while serving.status(serving.FOLDER).pid != os.getpid() or not target.healthy("champion"):
         if supervisor.over.wait(TICK):
             return
-        trouble = supervisor.trouble()
-        if trouble is not None and trouble not in told:
-            told.add(trouble)
-            stage.say("up", trouble)
     champion = serving.desired(serving.FOLDER).champion
     assert champion is not None
     bundle_of = serving.bundle_of(serving.FOLDER, champion.digest)

@@ -23,6 +23,7 @@ from world import ROOT, Checkout
 
 from pipelines import bundle, stage
 from pipelines.deploy import serving
+from pipelines.deploy.replicas import last_word
 from pipelines.deploy.supervise import REPLICA, Supervisor
 from pipelines.deploy.targets import Release
 from pipelines.deploy.targets.local import Local
@@ -252,11 +253,40 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path, params: Params, name: 
             Supervisor(tmp_path / "serving", traffic, params.serve).run()
 
 
-def test_what_ends_again_and_again_is_told(tmp_path: Path, params: Params) -> None:
+def test_what_ends_again_and_again_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, params: Params
+) -> None:
     program = (sys.executable, "-c", "raise SystemExit('no such model')")
     with _supervised(tmp_path, params, program) as supervisor:
-        until(lambda: supervisor.trouble() is not None)
-        assert "release-1 ends again and again: no such model" in str(supervisor.trouble())
+        until(lambda: serving.status(supervisor.folder).trouble)
+        told = serving.status(supervisor.folder).trouble["release-1"]
+        assert told.startswith("release-1 ends again and again: no such model (")
+        time.sleep(2)
+        assert capsys.readouterr().out.count(told) == 1
+
+
+def test_an_envoy_that_falls_again_and_again_is_told_and_forgiven(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, params: Params
+) -> None:
+    monkeypatch.setattr("pipelines.deploy.supervise.FORGIVEN", 1.5)
+    with _supervised(tmp_path, params) as supervisor:
+        for _ in range(2):
+            until(lambda: supervisor.proxy and supervisor.proxy.poll() is None)
+            assert supervisor.proxy is not None
+            supervisor.proxy.kill()
+            supervisor.proxy.wait()
+        until(lambda: "envoy" in supervisor.trouble())
+        until(lambda: not supervisor.trouble())
+
+
+def test_the_last_word_is_read_from_the_end_of_a_log(tmp_path: Path) -> None:
+    """However long it is, and whatever those that live wrote since."""
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        out.truncate(2**40)
+        out.seek(0, os.SEEK_END)
+        out.write(b"\nwhy it ended\n" + b'{"event": "answered"}\n' * 100)
+    assert last_word(log) == "why it ended"
 
 
 def test_nothing_served_is_nothing_to_restart(tmp_path: Path) -> None:

@@ -242,6 +242,17 @@ def _make_key(replica: Replica, name: str) -> "subprocess.CompletedProcess[str]"
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("keys", [".", "params.yaml/keys", "binary"])
+def test_what_can_be_no_file_of_keys_is_one_line(tmp_path: Path, keys: str) -> None:
+    replica = Replica(tmp_path)
+    replica.configure(keys=keys)
+    (tmp_path / "binary").write_bytes(b"\xff")
+    done = _make_key(replica, "alice")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"keys: error: {keys}: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_key_with_no_requests_at_all_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice {'0' * 64} 0\n")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,14 +50,13 @@ class Up:
     def said(self) -> str:
         return self.log.read_text()
 
-    def ask(self) -> dict[str, object]:
-        """What the printed curl answers, once it is printed."""
+    def ask(self, key: str = "") -> dict[str, object]:
+        """What the printed curl answers, once it is printed, with this key in its place."""
         until(lambda: "Ctrl-C stops all of it" in self.said or self.process.poll() is not None)
         found = re.search(r"curl .*? -d '[^']*'", self.said.replace("\\\n", " "))
         assert found, self.said
-        done = subprocess.run(
-            [*shlex.split(found[0]), "--silent"], capture_output=True, text=True, check=True
-        )
+        command = [*shlex.split(found[0].replace("KEY", key)), "--silent"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))
 
 
@@ -118,9 +118,34 @@ def test_with_keys_the_printed_way_asks_for_one_and_a_new_one_is_known(
         until(lambda: "Ctrl-C stops all of it" in made.said)
         assert "-H 'authorization: Bearer KEY'" in made.said
         assert "python -m pipelines.deploy.serve.keys NAME" in made.said
-        made.log.write_text(made.said.replace("Bearer KEY", f"Bearer {key}"))
-        assert made.ask()["version"] == 1
+        assert made.ask(key)["version"] == 1
         other = checkout.run("pipelines.deploy.serve.keys bob").out.strip()
         assert checkout.run("pipelines.deploy.targets.local restart").status == 0
-        made.log.write_text(made.said.replace(key, other))
-        assert made.ask()["version"] == 1
+        assert made.ask(other)["version"] == 1
+
+
+def test_a_restart_that_cannot_be_says_why_at_once_and_make_serve_too(
+    held: Registry, checkout: Checkout
+) -> None:
+    """The old replicas serve on, and the new ones come as soon as the keys are mended."""
+    checkout.set(serve={"keys": "keys.txt"})
+    key = checkout.run("pipelines.deploy.serve.keys alice").out.strip()
+    file = checkout.folder / "keys.txt"
+    good = file.read_text()
+    with up(checkout) as made:
+        until(lambda: "Ctrl-C stops all of it" in made.said)
+        file.write_text(good + "no key\n")
+        begun = time.monotonic()
+        ended = checkout.run("pipelines.deploy.targets.local restart")
+        assert time.monotonic() - begun < 60
+        assert ended.status == 2
+        assert len(ended.err.splitlines()) == 1
+        why = (
+            "release-1 ends again and again: serve: error: keys.txt, line 2: expected: name sha256"
+        )
+        assert why in ended.err
+        assert made.ask(key)["version"] == 1
+        file.write_text(good)
+        assert checkout.run("pipelines.deploy.targets.local restart").status == 0
+        assert made.ask(key)["version"] == 1
+    assert f"supervise: {why}" in made.said

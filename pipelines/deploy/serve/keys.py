@@ -16,6 +16,8 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,12 +58,8 @@ class Keys:
     """The keys of one file. Limits are per replica."""
 
     def __init__(self, file: Path, rate: float | None) -> None:
-        try:
+        with _usable(file):
             lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            make = "python -m pipelines.deploy.serve.keys NAME"
-            raise UserError(f"{file}: {why}; expected the file of API keys: {make}") from None
         self.keys = [
             _parsed(file, number, line, rate)
             for number, line in enumerate(lines, start=1)
@@ -84,6 +82,17 @@ class Keys:
         found.take()
 
 
+@contextmanager
+def _usable(file: Path) -> Iterator[None]:
+    """Raises UserError where the file can be no file of API keys."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        make = "python -m pipelines.deploy.serve.keys NAME"
+        raise UserError(f"{file}: {why}; expected the file of API keys: {make}") from None
+
+
 def _parsed(file: Path, number: int, line: str, rate: float | None) -> Key:
     parts = _LINE.fullmatch(line.strip())
     if parts is None or (parts[3] is not None and not float(parts[3])):
@@ -98,14 +107,15 @@ def make(file: Path, name: str) -> str:
     """Add a key of that name to the file and return it."""
     if not re.fullmatch(r"[\w.@-]{1,100}", name):
         raise UserError(f"the name {name!r} has characters beyond letters, digits and .@-_")
-    held = file.read_text(encoding="utf-8") if file.exists() else ""
-    if name in [line.partition(" ")[0] for line in held.splitlines()]:
-        raise UserError(f"{file} has a key of the name {name}; remove its line first")
-    key = secrets.token_urlsafe(32)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
-        out.write("\n" if held and not held.endswith("\n") else "")
-        out.write(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+    with _usable(file):
+        held = file.read_text(encoding="utf-8") if file.exists() else ""
+        if name in [line.partition(" ")[0] for line in held.splitlines()]:
+            raise UserError(f"{file} has a key of the name {name}; remove its line first")
+        key = secrets.token_urlsafe(32)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
+            out.write("\n" if held and not held.endswith("\n") else "")
+            out.write(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
     return key
 
 

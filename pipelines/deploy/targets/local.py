@@ -98,7 +98,9 @@ class Local:
         return {slot: one.seen for slot, one in slots.items() if one.seen is not None}
 
     def restart(self) -> None:
-        """Replace every replica; returns when all are new. Raises UserError if they never are."""
+        """Replace every replica; returns when all are new. Raises UserError with the reason where
+        new ones end again and again: the old ones serve on.
+        """
         if not serving.status(self.folder).slots:
             raise UserError(f"nothing is served from {self.folder}; start it: make serve")
         serving.change(self.folder, lambda now: replace(now, restarts=now.restarts + 1))
@@ -109,6 +111,8 @@ class Local:
             fresh = [one.whole and not one.old for one in now.slots.values()]
             if fresh and now.restarts >= asked and all(fresh):
                 return
+            if now.restarts >= asked and now.trouble:
+                raise UserError("; ".join(now.trouble.values()))
             time.sleep(0.2)
         raise UserError(
             f"the replicas were not replaced in {PATIENCE:.0f} s; see {self.folder}/logs"
