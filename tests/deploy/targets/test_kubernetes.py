@@ -95,6 +95,8 @@ def test_a_route_is_what_the_gateway_api_takes(objects: list[dict[str, Any]]) ->
     (route,) = (one for one in objects if one["kind"] == "HTTPRoute")
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
     (rule,) = route["spec"]["rules"]
+    # Not /metrics.
+    assert [one["path"]["value"] for one in rule["matches"]] == ["/predict", "/openapi.json", "/v2"]
     assert rule["backendRefs"] == [
         {"name": "flights-champion", "port": 8080, "weight": 75},
         {"name": "flights-challenger", "port": 8080, "weight": 25},
