@@ -15,6 +15,10 @@ from pyspark.sql import functions as F
 from pipelines import tables
 from pipelines.errors import naming
 
+# What one query takes at once: memory holds so many rows with all their features, however long the
+# table grows.
+ROWS = 1_000_000
+
 
 @contextmanager
 def session(engine: str) -> Iterator[SparkSession]:
@@ -63,9 +67,9 @@ def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterato
 
 def write_months(
     frame: DataFrame, time: str, key: Sequence[str], folder: Path, scratch: Path
-) -> list[int]:
-    """Write `frame` as one Parquet file per month of `time`, rows in order of `key`. Returns rows
-    per month.
+) -> dict[str, int]:
+    """Write `frame` as one Parquet file per month of `time`, rows in order of `key`. Returns the
+    rows of each month that has any.
 
     Engines do not keep an order through their own writers, and name files at random. So the frame
     is computed once into `scratch`, then read back, sorted and written month by month: memory
@@ -77,9 +81,9 @@ def write_months(
         monthly.write.partitionBy("_month").parquet(path)
     stored = frame.sparkSession.read.parquet(path)
     names = sorted(row["_month"] for row in stored.select("_month").distinct().collect())
-    counts = []
+    counts = {}
     for name in names:
         month = stored.where(F.col("_month") == name).drop("_month").orderBy(*key).toArrow()
         tables.write(month, folder / f"{name}.parquet")
-        counts.append(month.num_rows)
+        counts[name] = month.num_rows
     return counts

@@ -120,6 +120,8 @@ class Dataset(_Block):
     timezone: str
     # At most a year.
     horizon_minutes: Annotated[int, Field(gt=0, le=366 * 24 * 60)]
+    lookback_days: Annotated[int, Field(gt=0, le=3660)]
+    settle_days: Annotated[int, Field(gt=0, le=366)]
     key: Names
     time: str
     tables: Annotated[dict[str, Table], Field(min_length=1)]

@@ -56,7 +56,7 @@ def run(params: Params) -> None:
         )
         for file in tables.months(out):
             expected.check(pq.read_table(file), suite, PREDICTIONS / file.name)
-    stage.say("score", f"{sum(counts):,} rows of the last {params.score.window_days} days")
+    stage.say("score", f"{sum(counts.values()):,} rows of the last {params.score.window_days} days")
 
 
 def wanted(params: Params, columns: list[dict[str, str]]) -> list[str]:

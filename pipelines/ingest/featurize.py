@@ -6,16 +6,25 @@ out:  data/features/, one Parquet file per month: dataset.key, prediction_time, 
       32-bit floats)
 run:  dvc repro featurize
 
+A month is made of its events and of those that dataset.lookback_days reach; where none of them
+changed, it is the file that was made before (pipelines/months.py).
+
 split is test for the last test_days before as_of, val for the val_days before those, train for the
 rest.
 """
 
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import stage
+import pyarrow.parquet as pq
+
+from pipelines import months, stage, tables
 from pipelines.errors import UserError
+from pipelines.ingest import datasets
 from pipelines.ingest.validate import ACCEPTED
+from pipelines.months import Kept
 from pipelines.params import Params
 
 if TYPE_CHECKING:
@@ -25,21 +34,74 @@ FEATURES = Path("data/features")
 
 
 def run(params: Params) -> None:
-    from pipelines import engine
-    from pipelines.ingest import datasets
-
-    with (
-        stage.scratch("featurize") as scratch,
-        stage.fresh(FEATURES) as out,
-        engine.session(params.engine) as spark,
-    ):
-        spark.read.parquet(str(ACCEPTED.resolve())).createOrReplaceTempView("accepted")
-        frame = typed(spark.sql(datasets.sql(params.dataset.name, "features")), params)
-        counts = engine.write_months(
-            frame, params.dataset.time, params.dataset.key, out, scratch / "features"
-        )
+    accepted, kept = Accepted(params), Kept("featurize")
+    keys = {name: accepted.key(name) for name in accepted.files}
+    with stage.fresh(FEATURES) as out:
+        new = [name for name in keys if not kept.take(keys[name], out / f"{name}.parquet")]
+        made = _make(accepted, new, out) if new else 0
+        for name in new:
+            kept.keep(keys[name], out / f"{name}.parquet")
+        total = tables.count(out)
+    kept.sweep()
     names = params.dataset.features.names
-    stage.say("featurize", f"{sum(counts):,} rows in {len(counts)} months, {len(names)} features")
+    stage.say(
+        "featurize",
+        f"{total:,} rows of {len(names)} features, {made:,} of them made: {months.said(new, keys)}",
+    )
+
+
+class Accepted:
+    """The accepted events, and which of them a month of features is made of."""
+
+    def __init__(self, params: Params) -> None:
+        self.params, self.dataset = params, params.dataset
+        self.files = {file.stem: file for file in tables.months(ACCEPTED)}
+        self.digests = {name: months.sha256(file) for name, file in self.files.items()}
+
+    def of(self, first: str, last: str) -> list[str]:
+        """The months of events that the features of these months and those between are made of."""
+        # What is asked for is known before the event, and is of events settled by then.
+        days = self.dataset.lookback_days + self.dataset.settle_days
+        reach = timedelta(days=days, minutes=self.dataset.horizon_minutes)
+        touched = months.between(months.begin(first) - reach, months.end(last))
+        return [name for name in self.files if name in touched]
+
+    def key(self, month: str) -> str:
+        """The name of all that a month of features is made of."""
+        dataset, params = self.dataset, self.params
+        begin, end = months.begin(month), months.end(month)
+        # A clock that cuts another month changes nothing in this one.
+        cuts = [
+            min(max(cut, begin), end).isoformat() for cut in (params.val_from, params.test_from)
+        ]
+        return months.key(
+            [Path(__file__), datasets.path(dataset.name, "features")],
+            accepted={name: self.digests[name] for name in self.of(month, month)},
+            split=cuts,
+            dataset=dataset.model_dump(
+                include={"features", "key", "lookback_days", "settle_days", "slices", "time"}
+            ),
+        )
+
+
+def _make(accepted: Accepted, new: Sequence[str], out: Path) -> int:
+    """Make the months of features that are new. Returns their rows."""
+    from pipelines import engine
+
+    dataset, made = accepted.dataset, 0
+    rows = {name: pq.read_metadata(file).num_rows for name, file in accepted.files.items()}
+    with stage.scratch("featurize") as scratch, engine.session(accepted.params.engine) as spark:
+        for run in months.runs(new, rows, engine.ROWS):
+            paths = [str(accepted.files[name].resolve()) for name in accepted.of(run[0], run[-1])]
+            spark.read.parquet(*paths).createOrReplaceTempView("accepted")
+            frame = spark.sql(
+                datasets.sql(dataset.name, "features"),
+                args={"lookback_days": dataset.lookback_days},
+            )
+            frame = months.only(typed(frame, accepted.params), dataset.time, run)
+            written = engine.write_months(frame, dataset.time, dataset.key, out, scratch / run[0])
+            made += sum(written.values())
+    return made
 
 
 def typed(frame: "DataFrame", params: Params) -> "DataFrame":

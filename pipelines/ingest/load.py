@@ -4,24 +4,37 @@ in:   data/raw/, the columns and keys of dataset.tables, the dataset's events.sq
 out:  data/events/, one Parquet file per month, one typed row per event, in order of dataset.key
 run:  dvc repro load
 
+A month is made of its raw months, and of those that dataset.lookback_days reach. Where none of them
+changed, it is the file that was made before (pipelines/months.py).
+
 A file that is not what dataset.tables says stops the run with its name, line and column.
 """
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from pipelines import stage
+from pipelines import months, stage, tables
 from pipelines.errors import UserError, naming
+from pipelines.ingest import datasets
 from pipelines.ingest.fetch import RAW
+from pipelines.months import Kept
 from pipelines.params import Params, Table
 
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+# What is the same for every event; events.sql may name them as parameters.
+SETTINGS = ("horizon_minutes", "lookback_days", "settle_days")
 EVENTS = Path("data/events")
 TYPES = {
     "int": pa.int64(),
@@ -32,46 +45,111 @@ TYPES = {
 
 
 def run(params: Params) -> None:
-    from pipelines import engine
-    from pipelines.ingest import datasets
-
-    with stage.scratch("load") as scratch, stage.fresh(EVENTS) as out:
-        for name, table in params.dataset.tables.items():
-            rows = _type(name, table, scratch / name)
-            stage.say("load", f"{name}: {rows:,} rows")
-        with engine.session(params.engine) as spark:
-            for name in params.dataset.tables:
-                spark.read.parquet(str((scratch / name).resolve())).createOrReplaceTempView(name)
-            frame = spark.sql(
-                datasets.sql(params.dataset.name, "events"),
-                args={"as_of": params.as_of, "horizon_minutes": params.dataset.horizon_minutes},
-            )
-            named = [*params.dataset.key, params.dataset.time]
-            missing = [name for name in named if name not in frame.columns]
-            if missing:
-                raise UserError(
-                    f"events.sql of {params.dataset.name} gives no column {missing[0]}; "
-                    "dataset.key or time names it"
-                )
-            counts = engine.write_months(
-                frame, params.dataset.time, params.dataset.key, out, scratch / "events"
-            )
-        if not counts:
+    raw, kept = Raw(params), Kept("load")
+    keys = {month: raw.key(month) for month in raw.months()}
+    with stage.fresh(EVENTS) as out:
+        new = [name for name in keys if not kept.take(keys[name], out / f"{name}.parquet")]
+        made = _make(raw, new, out) if new else 0
+        for name in new:
+            kept.keep(keys[name], out / f"{name}.parquet")
+        total = tables.count(out)
+        if not total:
             raise UserError(f"{RAW}: no event before as_of {params.as_of:%Y-%m-%d}")
-    stage.say("load", f"{sum(counts):,} events in {len(counts)} months")
+    kept.sweep()
+    stage.say("load", f"{total:,} events, {made:,} of them made: {months.said(new, keys)}")
 
 
-def _type(name: str, table: Table, folder: Path) -> int:
-    """Write the typed files of one table into `folder`. Returns the number of rows."""
-    folder.mkdir(parents=True)
-    rows = 0
-    for path in files(name, table):
-        typed = read(path, table)
-        target = folder / f"{path.stem}.parquet"
-        with naming(target):
-            pq.write_table(typed, target, compression="none")
-        rows += typed.num_rows
-    return rows
+class Raw:
+    """The raw files, and which of them a month of events is made of."""
+
+    def __init__(self, params: Params) -> None:
+        self.params, self.dataset = params, params.dataset
+        self.files = {name: files(name, table) for name, table in self.dataset.tables.items()}
+        self.digests = {path: months.sha256(path) for held in self.files.values() for path in held}
+
+    def months(self) -> list[str]:
+        """The months, in UTC, that can hold an event of the raw months, before as_of."""
+        stems = [
+            path.stem
+            for name, table in self.dataset.tables.items()
+            if table.batch is not None
+            for path in self.files[name]
+        ]
+        zone = self.dataset.timezone
+        begin, end = months.begin(min(stems), zone), months.end(max(stems), zone)
+        return months.between(begin, min(end, self.params.as_of))
+
+    def of(self, first: str, last: str) -> dict[str, list[Path]]:
+        """The files, by table, of which events of these months and those between are made."""
+        begin = months.begin(first) - timedelta(days=self.dataset.lookback_days)
+        touched = months.between(begin, months.end(last), self.dataset.timezone)
+        return {
+            name: [path for path in self.files[name] if table.batch is None or path.stem in touched]
+            for name, table in self.dataset.tables.items()
+        }
+
+    def key(self, month: str) -> str:
+        """The name of all that a month of events is made of."""
+        dataset, files = self.dataset, self.of(month, month)
+        # A later clock changes nothing in a month whose last event is settled.
+        settled = months.end(month) + timedelta(days=dataset.settle_days)
+        return months.key(
+            [Path(__file__), datasets.path(dataset.name, "events")],
+            raw={name: [self.digests[path] for path in held] for name, held in files.items()},
+            as_of=min(self.params.as_of, settled).isoformat(),
+            dataset=dataset.model_dump(include={*SETTINGS, "key", "tables", "time", "timezone"}),
+        )
+
+
+def _make(raw: Raw, new: Sequence[str], out: Path) -> int:
+    """Make the months of events that are new. Returns their rows."""
+    from pipelines import engine
+
+    dataset, made = raw.dataset, 0
+    with stage.scratch("load") as scratch, engine.session(raw.params.engine) as spark:
+        typed = _type(raw, new, scratch)
+        rows: Counter[str] = Counter()
+        for path, (_, count) in typed.items():
+            rows[path.stem] += count
+        for run in months.runs(new, rows, engine.ROWS):
+            for name, paths in raw.of(run[0], run[-1]).items():
+                held = [str(typed[path][0].resolve()) for path in paths]
+                spark.read.parquet(*held).createOrReplaceTempView(name)
+            frame = months.only(events(spark, raw.params), dataset.time, run)
+            written = engine.write_months(frame, dataset.time, dataset.key, out, scratch / run[0])
+            made += sum(written.values())
+    return made
+
+
+def _type(raw: Raw, new: Sequence[str], folder: Path) -> dict[Path, tuple[Path, int]]:
+    """Type every raw file that these months are made of: its Parquet file, and its rows."""
+    typed: dict[Path, tuple[Path, int]] = {}
+    for name, table in raw.dataset.tables.items():
+        (folder / name).mkdir(parents=True)
+        for path in dict.fromkeys(path for month in new for path in raw.of(month, month)[name]):
+            rows = read(path, table)
+            target = folder / name / f"{path.stem}.parquet"
+            with naming(target):
+                pq.write_table(rows, target, compression="none")
+            typed[path] = target, rows.num_rows
+        count = sum(typed[path][1] for path in raw.files[name] if path in typed)
+        stage.say("load", f"{name}: {count:,} rows read")
+    return typed
+
+
+def events(spark: "SparkSession", params: Params) -> "DataFrame":
+    """What the dataset's events.sql gives of the views of its raw tables."""
+    dataset = params.dataset
+    settings = {name: getattr(dataset, name) for name in SETTINGS}
+    text = datasets.sql(dataset.name, "events")
+    frame = spark.sql(text, args={"as_of": params.as_of, **settings})
+    missing = [name for name in (*dataset.key, dataset.time) if name not in frame.columns]
+    if missing:
+        raise UserError(
+            f"events.sql of {dataset.name} gives no column {missing[0]}; dataset.key or time "
+            "names it"
+        )
+    return frame
 
 
 def files(name: str, table: Table) -> list[Path]:

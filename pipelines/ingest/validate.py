@@ -13,14 +13,16 @@ is about the table: a breach stops the run. An expectation that raised is a faul
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines import stage, tables
 from pipelines.errors import UserError
@@ -40,6 +42,7 @@ QUARANTINE = Path("data/quarantine")
 DOCS = Path("reports/validate/data_docs")
 VERDICT = Path("reports/validate/verdict.json")
 SUITES = Path("expectations")
+REASONS = pa.field("reasons", pa.list_(pa.string()))
 
 
 def run(params: Params) -> None:
@@ -59,10 +62,12 @@ def divide(params: Params) -> tuple[int, int]:
             "validate",
             f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events",
         )
+        # A row is named by its key, and found by its month.
+        names = list(dict.fromkeys([params.dataset.time, *params.dataset.key]))
         with stage.fresh(DOCS) as docs:
-            result = check(events, suite, params.dataset.key, docs)
+            result = check(events, suite, names, docs)
     stop_on_table_breach(result)
-    reasons = broken_rows(result, params.dataset.key)
+    reasons = broken_rows(result, names)
     total = tables.count(EVENTS)
     if len(reasons) > params.validate_.max_quarantine * total:
         raise UserError(
@@ -70,7 +75,7 @@ def divide(params: Params) -> tuple[int, int]:
             "expected at most the share validate.max_quarantine = "
             f"{params.validate_.max_quarantine}"
         )
-    _divide(reasons, params.dataset.key)
+    _divide(reasons, names)
     stage.write_json(VERDICT, verdict(result, total, len(reasons)))
     return total, len(reasons)
 
@@ -217,17 +222,27 @@ def _failed(result: "ExpectationSuiteValidationResult") -> list[str]:
     return [_name(item) for item in result.results if not item.success]
 
 
-def _divide(reasons: dict[tuple[Any, ...], list[str]], key: list[str]) -> None:
-    """Write every event to exactly one of accepted and quarantine, order kept."""
+def _divide(reasons: dict[tuple[Any, ...], list[str]], names: list[str]) -> None:
+    """Write every event to exactly one of accepted and quarantine, order kept. `names` are the
+    columns that name a row, its time first. A month without a broken row is accepted as it is.
+    """
+    by_month: defaultdict[str, dict[tuple[Any, ...], list[str]]] = defaultdict(dict)
+    for row, why in reasons.items():
+        by_month[f"{row[0].astimezone(UTC):%Y-%m}"][row] = why
     apart = 0
     with stage.fresh(ACCEPTED) as accepted, stage.fresh(QUARANTINE) as quarantine:
-        for file, month in zip(tables.months(EVENTS), tables.read_months(EVENTS), strict=True):
-            why = [None] * month.num_rows if not reasons else _reasons(month, reasons, key)
-            column = pa.array(why, pa.list_(pa.string()))
+        for file in tables.months(EVENTS):
+            if not (here := by_month[file.stem]):
+                (accepted / file.name).hardlink_to(file)
+                none = pq.read_schema(file).append(REASONS).empty_table()
+                tables.write(none, quarantine / file.name)
+                continue
+            month = pq.read_table(file)
+            column = pa.array(_reasons(month, here, names), REASONS.type)
             good = pc.is_null(column)
             apart += month.num_rows - pc.sum(good).as_py()
             tables.write(month.filter(good), accepted / file.name)
-            broken = month.append_column("reasons", column).filter(pc.invert(good))
+            broken = month.append_column(REASONS, column).filter(pc.invert(good))
             tables.write(broken, quarantine / file.name)
         if apart != len(reasons):
             raise RuntimeError(f"{len(reasons)} rows are broken, but {apart} were found by key")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = stage.STATE / "workspaces"
 # Of this machine and not of the run: every workspace sees the same.
-SHARED = ("mlflow", "ledger", "serving", "keys", "capture", "labels", "edge")
+SHARED = ("mlflow", "ledger", "months", "serving", "keys", "capture", "labels", "edge")
 Lock = dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 -- One row per scheduled departure, with its aircraft and the last weather reading before prediction time.
--- Views: flights, weather, planes, airports, airlines. Parameters: :as_of, :horizon_minutes.
--- An outcome counts from the moment it was made: what happened at or after :as_of is null here.
+-- Views: flights, weather, planes, airports, airlines. Parameters: :as_of, :horizon_minutes, :lookback_days,
+-- :settle_days. An outcome counts from the moment it was made: what happened at or after :as_of, or so late
+-- that no clock may wait for it, is null here.
 with scheduled as (
     select
         *,
@@ -30,7 +31,10 @@ timed as (
 ),
 
 arrived as (
-    select *, timestampadd(minute, block_minutes + arr_delay, scheduled_at) as arrived_at
+    select
+        *,
+        timestampadd(minute, block_minutes + arr_delay, scheduled_at) as arrived_at,
+        least(:as_of, timestampadd(day, :settle_days, scheduled_at)) as told_before
     from timed
 ),
 
@@ -61,11 +65,11 @@ select
     e.sched_arr_time,
     e.block_minutes,
     e.distance,
-    case when e.departed_at < :as_of then e.departed_at end as departed_at,
-    case when e.departed_at < :as_of then e.dep_delay end as dep_delay,
-    case when e.arrived_at < :as_of then e.arrived_at end as arrived_at,
-    case when e.arrived_at < :as_of then e.arr_delay end as arr_delay,
-    case when e.arrived_at < :as_of then e.air_time end as air_time,
+    case when e.departed_at < e.told_before then e.departed_at end as departed_at,
+    case when e.departed_at < e.told_before then e.dep_delay end as dep_delay,
+    case when e.arrived_at < e.told_before then e.arrived_at end as arrived_at,
+    case when e.arrived_at < e.told_before then e.arr_delay end as arr_delay,
+    case when e.arrived_at < e.told_before then e.air_time end as air_time,
     p.year as plane_year,
     p.manufacturer,
     p.model as plane_model,
@@ -82,5 +86,7 @@ select
     w.visib
 from arrived as e
 left join planes as p on e.tailnum = p.tailnum
-left join asked as q on e.origin = q.origin and e.prediction_time = q.at and q.kind = 0
+left join asked as q
+    on e.origin = q.origin and e.prediction_time = q.at and q.kind = 0
+    and q.reading_at >= timestampadd(day, -:lookback_days, e.scheduled_at)
 left join weather as w on q.origin = w.origin and q.reading_at = w.time_hour

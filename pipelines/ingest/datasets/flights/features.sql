@@ -1,5 +1,5 @@
 -- One row per flight whose arrival is known: what was known at its prediction time, and whether it was late.
--- View: accepted.
+-- View: accepted. Parameter: :lookback_days, further than which no level and no aircraft's past reaches.
 --
 -- Rolling levels stand on two grids: ten minutes for the state of the moment, days (cut at 08:00 UTC, when
 -- New York sleeps) for habits. An observation moves up to the next point of its grid, a question moves down:
@@ -65,7 +65,7 @@ days as (
 origin_now as (
     select
         origin, tick,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over h24 as seen_at,
         sum(due) over h1 as due_1h, sum(departed) over h1 as departed_1h,
         sum(dep_delay) over h1 as delay_1h,
         sum(due) over h3 as due_3h, sum(departed) over h3 as departed_3h,
@@ -80,7 +80,6 @@ origin_now as (
         group by origin, tick
     ) as line
     window
-        ever as (partition by origin order by tick rows between unbounded preceding and current row),
         h1 as (partition by origin order by tick range between 5 preceding and current row),
         h3 as (partition by origin order by tick range between 17 preceding and current row),
         h24 as (partition by origin order by tick range between 143 preceding and current row)
@@ -89,7 +88,7 @@ origin_now as (
 carrier_origin_now as (
     select
         carrier, origin, tick,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over h3 as seen_at,
         sum(due) over h3 as due_3h, sum(departed) over h3 as departed_3h,
         sum(dep_delay) over h3 as delay_3h
     from (
@@ -100,16 +99,13 @@ carrier_origin_now as (
         group by carrier, origin, tick
     ) as line
     window
-        ever as (
-            partition by carrier, origin order by tick rows between unbounded preceding and current row
-        ),
         h3 as (partition by carrier, origin order by tick range between 17 preceding and current row)
 ),
 
 carrier_now as (
     select
         carrier, tick,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over h24 as seen_at,
         sum(departed) over h6 as departed_6h, sum(dep_delay) over h6 as delay_6h,
         sum(arrived) over h24 as arrived_24h, sum(arr_late) over h24 as late_24h
     from (
@@ -120,7 +116,6 @@ carrier_now as (
         group by carrier, tick
     ) as line
     window
-        ever as (partition by carrier order by tick rows between unbounded preceding and current row),
         h6 as (partition by carrier order by tick range between 35 preceding and current row),
         h24 as (partition by carrier order by tick range between 143 preceding and current row)
 ),
@@ -128,7 +123,7 @@ carrier_now as (
 dest_now as (
     select
         dest, tick,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over h24 as seen_at,
         sum(due) over h6 as due_6h, sum(departed) over h6 as departed_6h,
         sum(dep_delay) over h6 as delay_6h,
         sum(arrived) over h6 as arrived_6h, sum(arr_delay) over h6 as arr_delay_6h,
@@ -142,7 +137,6 @@ dest_now as (
         group by dest, tick
     ) as line
     window
-        ever as (partition by dest order by tick rows between unbounded preceding and current row),
         h6 as (partition by dest order by tick range between 35 preceding and current row),
         h24 as (partition by dest order by tick range between 143 preceding and current row)
 ),
@@ -150,7 +144,7 @@ dest_now as (
 carrier_habit as (
     select
         carrier, day,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over d30 as seen_at,
         sum(arrived) over d7 as arrived_7d, sum(arr_late) over d7 as late_7d,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d
     from (
@@ -159,7 +153,6 @@ carrier_habit as (
         group by carrier, day
     ) as line
     window
-        ever as (partition by carrier order by day rows between unbounded preceding and current row),
         d7 as (partition by carrier order by day range between 6 preceding and current row),
         d30 as (partition by carrier order by day range between 29 preceding and current row)
 ),
@@ -167,7 +160,7 @@ carrier_habit as (
 route_habit as (
     select
         origin, dest, day,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over d30 as seen_at,
         sum(arrived) over d7 as arrived_7d, sum(arr_late) over d7 as late_7d,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d,
         sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d
@@ -179,7 +172,6 @@ route_habit as (
         group by origin, dest, day
     ) as line
     window
-        ever as (partition by origin, dest order by day rows between unbounded preceding and current row),
         d7 as (partition by origin, dest order by day range between 6 preceding and current row),
         d30 as (partition by origin, dest order by day range between 29 preceding and current row)
 ),
@@ -187,7 +179,7 @@ route_habit as (
 flight_habit as (
     select
         carrier, flight, day,
-        max(seen_at) over ever as seen_at,
+        max(seen_at) over d30 as seen_at,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d,
         sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d
     from (
@@ -198,9 +190,6 @@ flight_habit as (
         group by carrier, flight, day
     ) as line
     window
-        ever as (
-            partition by carrier, flight order by day rows between unbounded preceding and current row
-        ),
         d30 as (partition by carrier, flight order by day range between 29 preceding and current row)
 ),
 
@@ -301,5 +290,7 @@ left join dest_now as d on f.dest = d.dest and f.tick = d.tick
 left join carrier_habit as ch on f.carrier = ch.carrier and f.day = ch.day
 left join route_habit as r on f.origin = r.origin and f.dest = r.dest and f.day = r.day
 left join flight_habit as h on f.carrier = h.carrier and f.flight = h.flight and f.day = h.day
-left join tail_now as t on f.tailnum = t.tailnum and f.asked = t.at and t.asked = 1
+left join tail_now as t
+    on f.tailnum = t.tailnum and f.asked = t.at and t.asked = 1
+    and t.departed >= f.asked - 86400 * :lookback_days
 where f.arr_delay is not null
