@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run airflow serve gate release manifest test check bench constraints clean
+.PHONY: help setup run quarantine airflow serve gate release manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -27,6 +27,9 @@ $(READY): pyproject.toml constraints.txt
 
 run: $(READY) ## take the flights from raw files to a registered, watched bundle
 	@python -m pipelines.run
+
+quarantine: $(READY) ## show the rows that broke an expectation, and which
+	@python -m pipelines.ingest.quarantine
 
 airflow: $(READY) ## start Airflow on this checkout, and MLflow; Ctrl-C stops both
 	@python -m pipelines.orchestrate.local

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from zoneinfo import available_timezones
 
 import yaml
@@ -51,6 +51,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 One = Annotated[int, AfterValidator(_one)]
 Names = Annotated[list[str], Field(min_length=1)]
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Table(_Block):
@@ -158,6 +159,17 @@ class Dataset(_Block):
 
 class Fetch(_Block):
     source: str
+
+
+class Pii(_Block):
+    """What becomes of a personal column, by its class in the dataset's contract."""
+
+    indirect: Literal["hash", "drop"]
+    direct: Literal["hash", "drop"]
+
+
+class Load(_Block):
+    pii: Pii
 
 
 class Validate(_Block):
@@ -407,10 +419,26 @@ class Orchestrate(_Block):
         return self
 
 
+class Column(_Block):
+    """What a column means. A unit of null is none: a name, a code, a number that only counts."""
+
+    description: Annotated[str, Field(min_length=1)]
+    unit: str | None
+    pii: Literal["none", "indirect", "direct"]
+
+
+class Contract(_Block):
+    """The dataset's contract.yaml: who answers for its tables, and their columns."""
+
+    owner: Annotated[str, Field(min_length=1)]
+    events: dict[str, Column]
+
+
 class Params(_Block):
     as_of: Moment
     engine: Annotated[str, Field(pattern=r"^(embedded|local\[\d+\]|spark://.+|sc://.+)$")]
     fetch: Fetch
+    load_: Annotated[Load, Field(alias="load")]
     validate_: Annotated[Validate, Field(alias="validate")]
     featurize: Featurize
     dataset: Dataset
@@ -455,7 +483,12 @@ class Params(_Block):
 
 
 def load(path: Path = FILE) -> Params:
-    """Read and check `path`. Raises UserError with one line."""
+    """Read and check the params. Raises UserError with one line."""
+    return checked(path, Params)
+
+
+def checked(path: Path, kind: type[Checked]) -> Checked:
+    """Read a YAML file as what it should be. Raises UserError with one line."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
@@ -463,11 +496,11 @@ def load(path: Path = FILE) -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} is no mapping; expected the keys {', '.join(_keys(Params))}")
+        raise UserError(f"{path} is no mapping; expected the keys {', '.join(_keys(kind))}")
     try:
-        return Params.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {_explain(error, kind)}") from None
 
 
 class _Once(yaml.SafeLoader):
@@ -485,12 +518,12 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first mistake as `key: what is wrong; what is allowed`."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key; allowed here: {', '.join(_keys_beside(first['loc']))}"
+        return f"{key}: unknown key; allowed here: {', '.join(_keys_beside(first['loc'], kind))}"
     if first["type"] == "missing":
         return f"{key}: missing key; it is required"
     message = first["msg"].removeprefix("Value error, ")
@@ -498,9 +531,9 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}{got}".removeprefix(": ")
 
 
-def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(loc: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:
     """The keys allowed in the block that holds `loc`."""
-    block: Any = Params
+    block: Any = kind
     for part in loc[:-1]:
         block = _inside(block, str(part))
     return _keys(block)

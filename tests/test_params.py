@@ -17,7 +17,7 @@ def test_the_repository_holds_valid_params() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"speed": 1}, "speed: unknown key; allowed here: as_of, engine, fetch, validate"),
+        ({"speed": 1}, "speed: unknown key; allowed here: as_of, engine, fetch, load, validate"),
         ({"fit": {"lr": 1}}, "fit.lr: unknown key; allowed here: model, seed"),
         ({"as_of": None}, "as_of: expected a quoted ISO 8601 time"),
         ({"as_of": "soon"}, "as_of: invalid isoformat string"),
@@ -110,7 +110,9 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
 def test_what_is_no_mapping_names_the_keys_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(UserError, match="expected the keys as_of, engine, fetch, validate, feat"):
+    with pytest.raises(
+        UserError, match="expected the keys as_of, engine, fetch, load, validate, feat"
+    ):
         params.load(path)
 
 

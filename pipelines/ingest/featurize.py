@@ -75,7 +75,7 @@ class Accepted:
             min(max(cut, begin), end).isoformat() for cut in (params.val_from, params.test_from)
         ]
         return months.key(
-            [Path(__file__), datasets.path(dataset.name, "features")],
+            [Path(__file__), datasets.path(dataset.name, "features.sql")],
             accepted={name: self.digests[name] for name in self.of(month, month)},
             split=cuts,
             dataset=dataset.model_dump(

@@ -11,6 +11,8 @@ A file that is not what dataset.tables says stops the run with its name, line an
 """
 
 import csv
+import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 # What is the same for every event; events.sql may name them as parameters.
 SETTINGS = ("horizon_minutes", "lookback_days", "settle_days")
 EVENTS = Path("data/events")
+# In the environment: the secret under which personal columns are hashed.
+SECRET = "HEADRACE_PII_KEY"
 TYPES = {
     "int": pa.int64(),
     "float": pa.float64(),
@@ -94,7 +98,13 @@ class Raw:
         # A later clock changes nothing in a month whose last event is settled.
         settled = months.end(month) + timedelta(days=dataset.settle_days)
         return months.key(
-            [Path(__file__), datasets.path(dataset.name, "events")],
+            [
+                Path(__file__),
+                datasets.path(dataset.name, "events.sql"),
+                datasets.path(dataset.name, datasets.CONTRACT),
+            ],
+            pii=self.params.load_.pii.model_dump(),
+            secret=hashlib.sha256(os.environ.get(SECRET, "").encode()).hexdigest()[:8],
             raw={name: [self.digests[path] for path in held] for name, held in files.items()},
             as_of=min(self.params.as_of, settled).isoformat(),
             dataset=dataset.model_dump(include={*SETTINGS, "key", "tables", "time", "timezone"}),
@@ -115,7 +125,8 @@ def _make(raw: Raw, new: Sequence[str], out: Path) -> int:
             for name, paths in raw.of(run[0], run[-1]).items():
                 held = [str(typed[path][0].resolve()) for path in paths]
                 spark.read.parquet(*held).createOrReplaceTempView(name)
-            frame = months.only(events(spark, raw.params), dataset.time, run)
+            frame = impersonal(events(spark, raw.params), raw.params)
+            frame = months.only(frame, dataset.time, run)
             written = engine.write_months(frame, dataset.time, dataset.key, out, scratch / run[0])
             made += sum(written.values())
     return made
@@ -149,6 +160,38 @@ def events(spark: "SparkSession", params: Params) -> "DataFrame":
             f"events.sql of {dataset.name} gives no column {missing[0]}; dataset.key or time "
             "names it"
         )
+    return frame
+
+
+def impersonal(frame: "DataFrame", params: Params) -> "DataFrame":
+    """The events without what names a person: by the contract's classes and the rule load.pii.
+
+    Raises UserError where the contract does not know a column, or a column cannot be spared.
+    """
+    from pyspark.sql import functions as F
+
+    dataset, rules = params.dataset, params.load_.pii.model_dump()
+    columns = datasets.contract(dataset.name).events
+    where = datasets.path(dataset.name, datasets.CONTRACT)
+    if unknown := [name for name in frame.columns if name not in columns]:
+        raise UserError(f"{where}: events has no {unknown[0]}, which events.sql gives; describe it")
+    for name in frame.columns:
+        pii = columns[name].pii
+        if pii == "none":
+            continue
+        if name == dataset.time or (name in dataset.key and rules[pii] == "drop"):
+            raise UserError(f"{where}: {name} is personal, but dataset.key or time names it")
+        if rules[pii] == "drop":
+            frame = frame.drop(name)
+            continue
+        secret = os.environ.get(SECRET, "")
+        if len(secret) < 16:
+            raise UserError(
+                f"{where}: {name} is {pii}ly personal and load.pii says hash; set {SECRET} to a "
+                "secret of at least 16 characters"
+            )
+        text = F.concat(F.lit(secret), F.col(name).cast("string"))
+        frame = frame.withColumn(name, F.sha2(text, 256))
     return frame
 
 

@@ -189,7 +189,7 @@ def stop_on_table_breach(result: "ExpectationSuiteValidationResult") -> None:
 def broken_rows(
     result: "ExpectationSuiteValidationResult", key: list[str]
 ) -> dict[tuple[Any, ...], list[str]]:
-    """Key of a row → the names of the expectations it broke."""
+    """Key of a row → the names of the expectations it broke, sorted."""
     broken: dict[tuple[Any, ...], list[str]] = {}
     for item in result.results:
         if not item.success:
@@ -197,7 +197,7 @@ def broken_rows(
                 broken.setdefault(tuple(_aware(row[column]) for column in key), []).append(
                     _name(item)
                 )
-    return broken
+    return {row: sorted(names) for row, names in broken.items()}
 
 
 def _aware(value: Any) -> Any:

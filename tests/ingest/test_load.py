@@ -1,12 +1,13 @@
 """load types every file at the door: what is wrong is one line with file, line and column."""
 
+import shutil
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
 import pytest
 from world import Checkout
 
-from pipelines import tables
+from pipelines import stage, tables
 from pipelines.errors import UserError
 from pipelines.ingest import fetch, load
 
@@ -102,6 +103,7 @@ def test_events_are_in_key_order_by_month_and_repeat(checkout: Checkout) -> None
     fetch.run(params)
     load.run(params)
     first = {path.name: path.read_bytes() for path in load.EVENTS.iterdir()}
+    shutil.rmtree(stage.STATE / "months")
     load.run(params)
     assert {path.name: path.read_bytes() for path in load.EVENTS.iterdir()} == first
     assert sorted(first) == [f"2013-0{month}.parquet" for month in range(1, 6)]
