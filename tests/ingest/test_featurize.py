@@ -14,7 +14,6 @@ from pipelines import tables
 from pipelines.ingest import datasets, featurize, fetch, load, validate
 
 DATASETS = Path("pipelines/ingest/datasets")
-JAVA = shutil.which("java") is not None
 
 
 def _loaded(checkout: Checkout) -> pa.Table:
@@ -160,25 +159,3 @@ def test_a_column_the_sql_does_not_give_is_named(checkout: Checkout) -> None:
     checkout.set(dataset={"slices": ["terminal"]})
     with pytest.raises(UserError, match=r"features\.sql of flights gives no column terminal"):
         _featurized(checkout, events)
-
-
-@pytest.mark.jvm
-@pytest.mark.skipif(not JAVA, reason="the JVM engine needs Java")
-def test_the_same_bytes_on_the_jvm_engine(checkout: Checkout) -> None:
-    """Stages as processes: a process holds one engine."""
-    checkout.set(as_of="2013-03-01", featurize={"test_days": 5, "val_days": 5})
-    fetch.run(checkout.params())
-
-    def made() -> dict[str, bytes]:
-        # What the other engine made is not to be taken.
-        for folder in ("data/events", "data/accepted", "data/features", ".state/months"):
-            shutil.rmtree(folder, ignore_errors=True)
-        assert checkout.run("pipelines.ingest.load").status == 0
-        shutil.copytree(load.EVENTS, "data/accepted")
-        assert checkout.run("pipelines.ingest.featurize").status == 0
-        folders = (load.EVENTS, featurize.FEATURES)
-        return {str(p): p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
-
-    embedded = made()
-    checkout.set(engine="local[2]")
-    assert made() == embedded

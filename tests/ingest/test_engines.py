@@ -1,0 +1,119 @@
+"""One SQL, the same bytes: embedded, in a JVM, by a Spark Connect server, on a cluster."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pyspark
+import pytest
+from world import Checkout
+
+from pipelines import stage
+from pipelines.ingest import featurize, fetch, load, validate
+
+JAVA = shutil.which("java") is not None
+BIN = Path(pyspark.__file__).parent / "bin"
+CONNECT = "org.apache.spark.sql.connect.service.SparkConnectServer"
+HOST = "127.0.0.1"
+PATIENCE = 120.0  # seconds until a JVM has to be up
+
+
+def _port() -> int:
+    with socket.socket() as asked:
+        asked.bind((HOST, 0))
+        return int(asked.getsockname()[1])
+
+
+@contextmanager
+def _jvm(folder: Path, name: str, ready: str, *command: str) -> Iterator[None]:
+    """A process of Spark's that is up once its log says so, until the block ends."""
+    log = folder / f"{name}.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command], stdout=out, stderr=out, cwd=folder, env=_environment(folder)
+        )
+    try:
+        end = time.monotonic() + PATIENCE
+        while ready not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    own = {"SPARK_LOCAL_IP": HOST, "SPARK_LOCAL_DIRS": str(folder), "SPARK_WORKER_DIR": str(folder)}
+    return dict(os.environ) | own
+
+
+@contextmanager
+def _jvm_here(folder: Path) -> Iterator[str]:
+    yield "local[2]"
+
+
+@contextmanager
+def _connect_server(folder: Path) -> Iterator[str]:
+    port = _port()
+    settings = {
+        "spark.connect.grpc.binding.port": port,
+        "spark.connect.grpc.binding.address": HOST,
+        "spark.master": "local[2]",
+        "spark.ui.enabled": "false",
+    }
+    conf = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
+    submit = str(BIN / "spark-submit")
+    with _jvm(folder, "connect", "Spark Connect server started", submit, *conf, "--class", CONNECT):
+        yield f"sc://{HOST}:{port}"
+
+
+@contextmanager
+def _standalone(folder: Path) -> Iterator[str]:
+    """A master and two workers."""
+    port, spark = _port(), str(BIN / "spark-class")
+    place = ["--host", HOST, "--webui-port", "0"]
+    url = f"spark://{HOST}:{port}"
+    master = [spark, "org.apache.spark.deploy.master.Master", *place, "--port", str(port)]
+    worker = [spark, "org.apache.spark.deploy.worker.Worker", *place, "--cores", "1"]
+    with ExitStack() as stack:
+        stack.enter_context(_jvm(folder, "master", "I have been elected leader", *master))
+        for number in range(2):
+            registered = "Successfully registered with master"
+            command = [*worker, "--memory", "1g", url]
+            stack.enter_context(_jvm(folder, f"worker-{number}", registered, *command))
+        yield url
+
+
+def _made(checkout: Checkout) -> dict[str, bytes]:
+    """Events and features from a start without anything kept; stages as processes, since a process
+    holds one engine.
+    """
+    shutil.rmtree(stage.STATE / "months", ignore_errors=True)
+    for module in ("load", "featurize"):
+        done = checkout.run(f"pipelines.ingest.{module}")
+        assert done.status == 0, done
+        if module == "load":
+            shutil.rmtree(validate.ACCEPTED, ignore_errors=True)
+            shutil.copytree(load.EVENTS, validate.ACCEPTED)
+    folders = (load.EVENTS, featurize.FEATURES)
+    return {str(p): p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.jvm
+@pytest.mark.skipif(not JAVA, reason="Spark on the JVM needs Java")
+def test_every_engine_gives_the_same_bytes(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.set(as_of="2013-03-01", featurize={"test_days": 5, "val_days": 5})
+    fetch.run(checkout.params())
+    embedded = _made(checkout)
+    for engine in (_jvm_here, _connect_server, _standalone):
+        (place := tmp_path / engine.__name__).mkdir()
+        with engine(place) as url:
+            checkout.set(engine=url)
+            assert _made(checkout) == embedded, engine.__name__
