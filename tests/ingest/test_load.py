@@ -48,7 +48,7 @@ def _cell(column: int, value: str) -> Callable[[str], str]:
             r"lines 4 and 5 have the same key",
         ),
         (lambda t: t.split("\n")[0] + "\n", "no rows; expected at least one"),
-        (lambda t: "", "cannot be read: it is empty"),
+        (lambda t: "", "it is empty"),
         (_cell(11, '"N1'), "line 4: expected 19 columns, got 12"),
         (lambda t: t.replace("\n", "\n\n", 3), "line 2 has no year and month; is it empty?"),
     ],

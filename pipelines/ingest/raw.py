@@ -1,0 +1,180 @@
+"""raw: a raw CSV file as a typed table. What is wrong with it is one line, with line and column."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from pipelines.errors import UserError
+from pipelines.params import Table
+
+TYPES = {
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "string": pa.string(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+}
+# How files begin that are no text, whatever their name says.
+OTHERS = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
+LONGEST = 1 << 20  # bytes of a line: what the reader takes at once
+
+
+def read(path: Path, table: Table) -> pa.Table:
+    """One raw CSV file, its key unique and its numbers finite.
+
+    Raises UserError with file, line and column.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        _check_text(content)
+        columns = _check_header(content, table)
+        rows = _typed(content, table, columns)
+        _check_numbers(rows)
+        _check_month(rows, table.batch, path.stem)
+        _check_key(rows, table.key)
+    except _RefusedError as error:
+        # A file may hold anything; a line on a screen may not.
+        said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        raise UserError(f"{path}: {said}") from None
+    return rows
+
+
+class _RefusedError(Exception):
+    """What is wrong with a file."""
+
+
+def _typed(content: bytes, table: Table, columns: Sequence[str]) -> pa.Table:
+    options = pacsv.ConvertOptions(
+        column_types={column: TYPES[kind] for column, kind in table.columns.items()},
+        include_columns=list(table.columns),
+        null_values=["", "NA"],
+        strings_can_be_null=True,
+        timestamp_parsers=[pacsv.ISO8601],
+    )
+    try:
+        rows = pacsv.read_csv(
+            pa.BufferReader(content),
+            # One thread and no skipped line: only then does an error name its line.
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=LONGEST),
+            parse_options=pacsv.ParseOptions(ignore_empty_lines=False),
+            convert_options=options,
+        )
+    except pa.ArrowInvalid as error:
+        raise _RefusedError(_explain(str(error), columns)) from None
+    if rows.num_rows == 0:
+        raise _RefusedError("no rows; expected at least one below the header")
+    lines = content.count(b"\n")
+    if lines != rows.num_rows + 1:
+        raise _RefusedError(f"{lines} lines hold {rows.num_rows} rows; a quote is not closed")
+    return rows
+
+
+def _check_text(content: bytes) -> None:
+    """Whether these are lines of text that end in a line feed, after a carriage return or not."""
+    if not content:
+        raise _RefusedError("it is empty; expected lines of text")
+    for begin, kind in OTHERS.items():
+        if content.startswith(begin):
+            raise _RefusedError(f"it is {kind}; expected text, unpacked")
+    try:
+        content.partition(b"\n")[0].decode()
+    except UnicodeDecodeError:
+        raise _RefusedError("line 1 is not text in UTF-8; expected the header") from None
+    for wrong, name in ((rb"\0", "NUL"), (rb"\r(?!\n)", "lone carriage return")):
+        if found := re.search(wrong, content):
+            raise _RefusedError(
+                f"line {_line(content, found.start())} holds a {name}; expected text"
+            )
+    if not content.endswith(b"\n"):
+        raise _RefusedError("the last line does not end; the file was cut short")
+    longest = max(content.split(b"\n"), key=len)
+    if len(longest) >= LONGEST:
+        number = _line(content, content.index(longest))
+        raise _RefusedError(f"line {number} is longer than {LONGEST:,} bytes; is it one?")
+
+
+def _line(content: bytes, at: int) -> int:
+    return content.count(b"\n", 0, at) + 1
+
+
+def _check_header(content: bytes, table: Table) -> list[str]:
+    """The header's columns, where each expected one stands once."""
+    header = content.partition(b"\n")[0].decode("utf-8-sig").rstrip("\r")
+    expected = list(table.columns)
+    try:
+        names = next(csv.reader([header], strict=True), [])
+    except csv.Error as error:
+        raise _RefusedError(f"line 1 is no header: {error}") from None
+    missing = [column for column in expected if column not in names]
+    if missing and len(names) <= 1:
+        raise _RefusedError(
+            f"line 1 has no comma; expected columns separated by commas: {','.join(expected)}"
+        )
+    if missing:
+        raise _RefusedError(f"column {missing[0]} is missing; expected {','.join(expected)}")
+    if twice := [column for column in expected if names.count(column) > 1]:
+        raise _RefusedError(f"column {twice[0]} stands twice in line 1; expected once")
+    return names
+
+
+def _explain(error: str, columns: Sequence[str]) -> str:
+    """pyarrow's message with the name of the column; its row is the line of the file."""
+    if cell := re.match(
+        r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (.*)", error, re.S
+    ):
+        return f"line {cell[2]}, column {columns[int(cell[1])]}: expected {cell[3][:200]}"
+    if row := re.match(r"CSV parse error: Row #(\d+): (Expected \d+ columns, got \d+)", error):
+        return f"line {row[1]}: {row[2][0].lower()}{row[2][1:]}"
+    return error[:300]
+
+
+def _check_numbers(rows: pa.Table) -> None:
+    for name in rows.column_names:
+        if pa.types.is_floating(rows.schema.field(name).type):
+            wrong = pc.indices_nonzero(pc.invert(pc.fill_null(pc.is_finite(rows[name]), True)))
+            if len(wrong):
+                at = wrong[0].as_py()
+                value = rows[name][at].as_py()
+                raise _RefusedError(
+                    f"line {at + 2}, column {name}: expected a finite number: {value}"
+                )
+
+
+def _check_month(rows: pa.Table, batch: Sequence[str] | None, name: str) -> None:
+    if batch is None:
+        return
+    year, month = (int(part) for part in name.split("-"))
+    right = pc.and_kleene(pc.equal(rows[batch[0]], year), pc.equal(rows[batch[1]], month))
+    wrong = pc.indices_nonzero(pc.invert(pc.fill_null(right, False)))
+    if len(wrong):
+        at = wrong[0].as_py()
+        values = [rows[column][at].as_py() for column in batch]
+        if None in values:
+            raise _RefusedError(f"line {at + 2} has no {' and '.join(batch)}; is it empty?")
+        found = "-".join(str(value) for value in values)
+        raise _RefusedError(f"line {at + 2} is of month {found}; expected {name}")
+
+
+def _check_key(rows: pa.Table, key: Sequence[str]) -> None:
+    keys = rows.select(key)
+    for column in key:
+        if keys[column].null_count:
+            at = pc.indices_nonzero(pc.is_null(keys[column]))[0].as_py()
+            raise _RefusedError(f"line {at + 2}: {column} is missing; it is part of the key")
+    numbered = keys.append_column("line", pa.array(range(2, rows.num_rows + 2)))
+    groups = numbered.group_by(key, use_threads=False).aggregate([("line", "min"), ("line", "max")])
+    twice = groups.filter(pc.not_equal(groups["line_min"], groups["line_max"]))
+    if twice.num_rows:
+        first = twice.slice(0, 1).to_pylist()[0]
+        named = ", ".join(f"{column}={first[column]}" for column in key)
+        raise _RefusedError(
+            f"lines {first['line_min']} and {first['line_max']} have the same key "
+            f"({named}); expected one"
+        )
