@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run quarantine airflow serve gate release manifest test check bench constraints clean
+.PHONY: help setup run quarantine audit airflow serve gate release manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -30,6 +30,9 @@ run: $(READY) ## take the flights from raw files to a registered, watched bundle
 
 quarantine: $(READY) ## show the rows that broke an expectation, and which
 	@python -m pipelines.ingest.quarantine
+
+audit: $(READY) ## run every stage in two clean clones: which files or fields differ?
+	@python -m pipelines.audit
 
 airflow: $(READY) ## start Airflow on this checkout, and MLflow; Ctrl-C stops both
 	@python -m pipelines.orchestrate.local
