@@ -10,6 +10,7 @@ after it may follow from them, and is said so.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -137,8 +138,8 @@ def differences(one: Path, two: Path) -> Iterator[str]:
     elif one.suffix == ".json":
         found = list(_of_values(json.loads(one.read_text()), json.loads(two.read_text()), ""))
     pairs = zip(one.read_bytes(), two.read_bytes(), strict=False)
-    at = next((n for n, (a, b) in enumerate(pairs) if a != b), "the end of the shorter")
-    yield from found or [f"from byte {at} on"]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    yield from found or [f"from byte {same} on"]
 
 
 def _of_tables(one: pa.Table, two: pa.Table) -> Iterator[str]:
