@@ -1,6 +1,7 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run quarantine audit airflow serve gate release manifest test check bench constraints clean
+.PHONY: help setup run quarantine audit lineage airflow serve gate release manifest test check bench \
+	constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -45,6 +46,9 @@ gate: $(READY) ## compare the bundle just made with the champion; a release want
 
 release: $(READY) ## let the challenger take over beside `make serve`, step by step, judged
 	@python -m pipelines.deploy.release
+
+lineage: $(READY) ## draw what the bundle was made of, back to the raw files
+	@python -m pipelines.lineage
 
 manifest: $(READY) ## write dags/manifest.json from dvc.yaml and params.yaml
 	@python -m pipelines.orchestrate.graph

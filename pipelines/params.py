@@ -370,6 +370,12 @@ class Tracking(_Block):
     artifacts: str
 
 
+class Lineage(_Block):
+    """Where each stage tells of its run, beside the journal of this machine."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+\S*$")] | None
+
+
 class Task(_Block):
     """What an Airflow task gets. The last three bind a pod; a process takes what the worker has."""
 
@@ -453,6 +459,7 @@ class Params(_Block):
     release: Release
     targets: Targets
     tracking: Tracking
+    lineage: Lineage
     orchestrate: Orchestrate
 
     @model_validator(mode="after")

@@ -14,8 +14,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from pipelines import bundle, stage, tracking
+from pipelines import bundle, lineage, stage, tracking
 from pipelines import params as parameters
 from pipelines.deploy import register, registry
 from pipelines.deploy.registry import CHALLENGER, CHAMPION
@@ -47,6 +48,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     started = time.time()
+    os.environ |= lineage.parent(str(uuid4()))
     try:
         params = parameters.load()
         busy = f"another run is at work in {Path.cwd()}; start again when it has ended"

@@ -18,12 +18,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines import params as parameters
 from pipelines.errors import UserError, naming
 from pipelines.params import Params
+from pipelines.recorder import Recorder
 
 # What belongs to this machine and not to the graph: tracking store, timings, scratch. Git-ignored.
 STATE = Path(".state")
@@ -41,7 +43,7 @@ def main(run: Callable[[Params], None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     stage = name.rpartition(".")[2]
-    status = guarded(stage, run)
+    status = guarded(stage, partial(_recorded, stage, run))
     _record_usage(stage, status)
     sys.exit(status)
 
@@ -62,6 +64,20 @@ def guarded(stage: str, run: Callable[[Params], None]) -> int:
         print(f"{stage}: fault: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _recorded(stage: str, run: Callable[[Params], None], params: Params) -> None:
+    """Run, and have its lineage told."""
+    recorder = Recorder(stage, params.lineage.url)
+    try:
+        run(params)
+    except KeyboardInterrupt:
+        recorder.end("ABORT", "interrupted")
+        raise
+    except Exception as error:
+        recorder.end("FAIL", str(error) if isinstance(error, UserError) else one_line(error))
+        raise
+    recorder.end("COMPLETE")
 
 
 def one_line(error: Exception) -> str:

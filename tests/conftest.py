@@ -1,22 +1,16 @@
 """A small world: a folder of real flights, thinned, and a checkout that points at it."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from world import ROOT, Checkout, thin
+from world import ROOT, Checkout, checked_out, thin
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from pipelines import params as parameters
 from pipelines.params import Params
-
-TRACKED = (
-    "params.yaml", "dvc.yaml", "expectations", "infra/envoy", "pipelines", ".dvc/config",
-    ".dvcignore",
-)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,20 +80,6 @@ def source(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
 @pytest.fixture
 def checkout(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """The current folder is a copy of what the pipeline reads, on a copy of the small source."""
-    made = Checkout(tmp_path / "checkout", tmp_path / "source")
-    shutil.copytree(source, made.source)
-    for name in TRACKED:
-        target = made.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, target)
-    # MLflow remembers a store by its URI: each checkout needs one of its own.
-    tracking = {"uri": f"sqlite:///{made.folder}/.state/mlflow/mlflow.db"}
-    made.set(
-        tracking=tracking,
-        as_of="2013-06-01",
-        fetch={"source": str(made.source)},
-        fit={"max_epochs": 2, "hidden": [32]},
-    )
+    made = checked_out(tmp_path, source)
     monkeypatch.chdir(made.folder)
     return made

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from world import ROOT, Checkout, narrowed
+from world import Checkout, lenient
 
 from pipelines import tracking
 
@@ -29,21 +28,7 @@ OUTS = {
 @pytest.fixture
 def small(checkout: Checkout) -> Checkout:
     """A checkout in which training is short and the verdict lenient, under git and DVC."""
-    checkout.set(
-        fit={"max_epochs": 1, "batch_size": 512},
-        evaluate={"resamples": 10, "baseline_iterations": 5, "min_auc": 0.3},
-        drift={"max_auc_fall": 1.0, "max_log_loss_rise": 9.0},
-    )
-    path = checkout.folder / "params.yaml"
-    path.write_text(yaml.safe_dump(narrowed(yaml.safe_load(path.read_text())), sort_keys=False))
-    shutil.copy(ROOT / ".gitignore", checkout.folder)
-    for command in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
-    ):
-        subprocess.run(["git", *command], cwd=checkout.folder, check=True)
-    return checkout
+    return lenient(checkout)
 
 
 def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) -> None:

@@ -1,6 +1,7 @@
 """A checkout in a folder of its own: how a test changes params.yaml and runs a stage in it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ from pipelines.params import Params
 
 KEPT = 12  # one flight number of so many
 ROOT = Path(__file__).parent.parent
+TRACKED = (
+    "params.yaml", "dvc.yaml", "expectations", "infra/envoy", "pipelines", ".dvc/config",
+    ".dvcignore",
+)  # fmt: skip
 
 
 class Checkout:
@@ -50,6 +55,45 @@ class Checkout:
         process = self.start(module)
         out, err = process.communicate(timeout=600)
         return Ended(process.returncode, out, err)
+
+
+def checked_out(folder: Path, source: Path) -> Checkout:
+    """A copy of what the pipeline reads, on a copy of the small source."""
+    made = Checkout(folder / "checkout", folder / "source")
+    shutil.copytree(source, made.source)
+    for name in TRACKED:
+        target = made.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, target)
+    # MLflow remembers a store by its URI: each checkout needs one of its own.
+    tracking = {"uri": f"sqlite:///{made.folder}/.state/mlflow/mlflow.db"}
+    made.set(
+        tracking=tracking,
+        as_of="2013-06-01",
+        fetch={"source": str(made.source)},
+        fit={"max_epochs": 2, "hidden": [32]},
+    )
+    return made
+
+
+def lenient(checkout: Checkout) -> Checkout:
+    """Training is short and the verdict lenient; under git, as DVC wants it."""
+    checkout.set(
+        fit={"max_epochs": 1, "batch_size": 512},
+        evaluate={"resamples": 10, "baseline_iterations": 5, "min_auc": 0.3},
+        drift={"max_auc_fall": 1.0, "max_log_loss_rise": 9.0},
+    )
+    path = checkout.folder / "params.yaml"
+    path.write_text(yaml.safe_dump(narrowed(yaml.safe_load(path.read_text())), sort_keys=False))
+    shutil.copy(ROOT / ".gitignore", checkout.folder)
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *command], cwd=checkout.folder, check=True)
+    return checkout
 
 
 class Ended:

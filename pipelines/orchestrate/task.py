@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import lease
+from pipelines import lease, lineage
 from pipelines import params as parameters
 from pipelines import stage as stages
 from pipelines.errors import UserError
@@ -156,6 +156,7 @@ def _do(home: Path, given: argparse.Namespace) -> Record:
     if given.verb == "begin":
         return begin(home, given.run, given.spec)
     run = _run(home, given.run)
+    os.environ |= lineage.parent(run.id)
     if given.verb == "stage":
         return make(home, run, given.name)
     if given.verb == "effect":

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 ROOT = stage.STATE / "workspaces"
 # Of this machine and not of the run: every workspace sees the same.
-SHARED = ("mlflow", "ledger", "months", "serving", "keys", "capture", "labels", "edge")
+SHARED = (
+    "mlflow", "ledger", "lineage", "months", "serving", "keys", "capture", "labels", "edge",
+)  # fmt: skip
 Lock = dict[str, Any]
 
 
