@@ -16,13 +16,15 @@ class Recorder:
 
     def __init__(self, stage: str, url: str | None) -> None:
         self._stage = stage
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.lineage.record", stage, *filter(None, [url])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the stage, which tells of it
-        )
+        self._process: subprocess.Popen[bytes] | None = None
+        with suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pipelines.lineage.record", stage, *filter(None, [url])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the stage, which tells of it
+            )
         self._tell("START")
 
     def end(self, event: str, error: str = "") -> None:
@@ -35,14 +37,15 @@ class Recorder:
 
     def _tell(self, event: str, error: str = "") -> None:
         line = {"event": event, "at": datetime.now(UTC).isoformat(), "error": error}
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended, and that is heard
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
+        if self._process and self._process.stdin:
+            with suppress(OSError):  # it has ended, and that is heard
+                self._process.stdin.write(json.dumps(line).encode() + b"\n")
+                self._process.stdin.flush()
 
     def _heard(self) -> str:
-        answer = self._process.stdout
-        assert answer is not None
+        answer = self._process.stdout if self._process else None
+        if answer is None:
+            return "its recorder could not be started"
         if not select.select([answer], [], [], PATIENCE)[0]:
             return f"not told within {PATIENCE} s"
         line = answer.readline()

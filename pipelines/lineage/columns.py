@@ -21,13 +21,13 @@ def of_query(sql: str, inputs: Iterable[Dataset]) -> Sources:
     tables = {Path(one.name).name: one for one in inputs}
     schema = {view: dict.fromkeys(one.columns, "string") for view, one in tables.items()}
     nodes = lineage(None, sql, schema, dialect="spark", trim_selects=False)
-    # A leaf that is no column of a table is a constant.
+    # Where a trace ends in no table, it ends in a constant.
     return {
         column: sorted(
             {
                 (tables[leaf.expression.name].name, leaf.name.rpartition(".")[2])
                 for leaf in node.walk()
-                if not leaf.downstream and isinstance(leaf.expression, exp.Table)
+                if isinstance(leaf.expression, exp.Table)
             }
         )
         for column, node in nodes.items()

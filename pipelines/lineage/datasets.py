@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 CHUNK = 1 << 20
 
 
@@ -99,6 +97,8 @@ def _file(name: str, path: Path) -> File:
     rows: int | None = None
     columns: Iterable[tuple[str, str]] = ()
     if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
         footer = pq.ParquetFile(path)
         rows = footer.metadata.num_rows
         columns = [(field.name, str(field.type)) for field in footer.schema_arrow]

@@ -76,13 +76,14 @@ def read(one: Dataset, expectations: Iterable[Mapping[str, Any]] = ()) -> InputD
 
 
 def written(one: Dataset, sources: Sources) -> OutputDataset:
-    """A dataset that came out, and from which columns its columns come."""
+    """A dataset that came out, and of those of its columns that are known from which they come."""
     facets = _facets(one)
     fields = {
         column: column_lineage_dataset.Fields(
             [column_lineage_dataset.InputField(NAMESPACE, *source) for source in found]
         )
         for column, found in sources.items()
+        if column in one.columns
     }
     if fields:
         facets["columnLineage"] = column_lineage_dataset.ColumnLineageDatasetFacet(fields)

@@ -1,6 +1,6 @@
 """The history of a bundle as a picture: stages from left to right, each a card of what it gave."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from pipelines.lineage import datasets
@@ -26,8 +26,16 @@ def svg(links: Sequence[Link], digest: str) -> str:
     for card in cards:
         card.x, card.y = x, TOP + (tallest - card.height) // 2
         x += card.width + GAP
-    wires = [*_wires(cards, TOP + tallest + LANE)]
-    width, height = x - GAP + MARGIN, TOP + tallest + LANE * (len(WIRES) // 2 + 2)
+    makers = {given.path: at for at, card in enumerate(cards) for given in card.link.given}
+    far = [
+        path
+        for at, card in enumerate(cards)
+        for path in card.link.step.inputs
+        if makers[path] < at - 1
+    ]
+    lanes = {path: TOP + tallest + LANE * at for at, path in enumerate(dict.fromkeys(far), 1)}
+    wires = _wires(cards, makers, lanes)
+    width, height = x - GAP + MARGIN, TOP + tallest + LANE * len(lanes) + MARGIN
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -104,10 +112,10 @@ def _listing(x: int, y: int, table: str, files: Sequence[File]) -> Iterator[str]
         yield _text(x + 121, line, file.md5[:8], MUTED, "hash")
 
 
-def _wires(cards: Sequence[_Card], lane: int) -> Iterator[str]:
+def _wires(
+    cards: Sequence[_Card], makers: Mapping[str, int], lanes: Mapping[str, int]
+) -> Iterator[str]:
     """From each out to the stages that read it, in a colour of its own."""
-    makers = {given.path: at for at, card in enumerate(cards) for given in card.link.given}
-    lanes: dict[str, int] = {}
     for at, card in enumerate(cards):
         for port, path in enumerate(card.link.step.inputs):
             color = WIRES[list(makers).index(path) % len(WIRES)]
@@ -117,8 +125,8 @@ def _wires(cards: Sequence[_Card], lane: int) -> Iterator[str]:
                 line = f"M{x} {y}C{half} {y} {half} {end} {card.x - 7} {end}"
                 tip = f"M{card.x} {end}l-9 -5v10z"
             else:
-                number = lanes.setdefault(path, len(lanes))
-                down, low, up = x + 14 + 8 * number, lane + LANE * number, card.x + 26 + 20 * port
+                down = x + 14 + 8 * list(lanes).index(path)
+                low, up = lanes[path], card.x + 26 + 20 * port
                 bottom = card.y + card.height
                 line = (
                     f"M{x} {y}H{down - ROUND}q{ROUND} 0 {ROUND} {ROUND}V{low - ROUND}"

@@ -11,6 +11,7 @@ longer; what the backend has not taken by then is still sent. An input without a
 that was killed.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -62,7 +63,10 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
     run, read = events.run(), list(map(events.read, inputs))
     yield _event(begun, run=run, job=events.job(stage, sql), inputs=read)
 
-    # While the stage is at work. Input that it refuses may be no table to trace either.
+    # While the stage is at work: what it gives may be Parquet, whose reader is slow to import, but
+    # not what the first stage gives. Input that a stage refuses may be no table to trace either.
+    if inputs:
+        importlib.import_module("pyarrow.parquet")
     queried: columns.Sources = {}
     untraced: list[str] = []
     with _noting(untraced):
@@ -74,7 +78,9 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
         with _noting(faults):
             expected = _expectations(step)
             read = [events.read(one, expected) for one in inputs]
-            outs = [_written(one, queried, inputs) for one in _tables(step.outs)]
+            for one in _tables(step.outs):
+                sources = queried if sql else columns.of_chosen(one, inputs)
+                outs.append(events.written(one, sources))
     else:
         run = events.failed(run, ended["error"])
     yield _event(ended, run=run, job=events.job(stage), inputs=read, outputs=outs)
@@ -82,11 +88,6 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
 
 def _event(told: Told, **said: Any) -> RunEvent:
     return RunEvent(eventType=RunState(told["event"]), eventTime=told["at"], **said)
-
-
-def _written(table: Dataset, queried: columns.Sources, inputs: list[Dataset]) -> OutputDataset:
-    sources = queried or columns.of_chosen(table, inputs)
-    return events.written(table, {c: went for c, went in sources.items() if c in table.columns})
 
 
 def _tables(paths: Iterable[str]) -> list[Dataset]:

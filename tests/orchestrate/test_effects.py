@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from orchestrate.place import environment, python, repository, task
 
+from pipelines import lineage
+
 RUN = "effects-1"
+STAGES = ("fetch", "load", "validate", "featurize", "fit", "evaluate", "package")
 REGISTERED = """
 import json
 from pipelines import params, tracking
@@ -29,9 +32,21 @@ def made(tmp_path_factory: pytest.TempPathFactory, half_year: Path) -> Path:
     """A repository in which a run made every stage."""
     home = repository(tmp_path_factory.mktemp("effects") / "home", half_year)
     task(home, "begin", "--run", RUN, "--spec", '{"overrides": {"as_of": "2013-05-01"}}')
-    for stage in ("fetch", "load", "validate", "featurize", "fit", "evaluate", "package"):
+    for stage in STAGES:
         task(home, "stage", stage, "--run", RUN)
     return home
+
+
+def test_stages_in_workspaces_tell_of_themselves_in_one_journal_as_parts_of_the_run(
+    made: Path,
+) -> None:
+    lines = (made / ".state" / "lineage" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [(event["job"]["name"], event["eventType"]) for event in events] == [
+        (stage, said) for stage in STAGES for said in ("START", "COMPLETE")
+    ]
+    parents = {event["run"]["facets"]["parent"]["run"]["runId"] for event in events}
+    assert parents == {lineage.parent(RUN)["OPENLINEAGE_PARENT_ID"].rpartition("/")[2]}
 
 
 def _register(home: Path) -> subprocess.Popen[bytes]:
