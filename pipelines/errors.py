@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user, and the one fault that names its file: a full disk."""
+"""The exceptions that speak to people, and the one fault that names its file: a full disk."""
 
 import errno
 import os
@@ -14,6 +14,13 @@ class UserError(Exception):
     """What the user can mend: one line that names the file, row or key and what was expected.
 
     Exit 2.
+    """
+
+
+class TransientError(Exception):
+    """What nobody here can mend and another attempt may not meet, as one line.
+
+    Exit 1, so that a scheduler tries again.
     """
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from pipelines import s3
 from pipelines.errors import UserError
 
 Record = dict[str, Any]
@@ -108,62 +109,57 @@ class Bucket:
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint: str | None) -> None:
-        import boto3
-        from botocore.config import Config
-
-        config = Config(retries={"max_attempts": 8, "mode": "standard"})
-        self.client = boto3.client("s3", endpoint_url=endpoint, config=config)
-        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.client = s3.client(endpoint)
+        self.bucket, self.prefix = bucket, prefix
 
     def get(self, name: str) -> Record | None:
-        try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(name))
-        except self.client.exceptions.NoSuchKey:
-            return None
-        return _record(name, answer["Body"].read())
+        with s3.saying(f"{self._url(name)} cannot be read"):
+            try:
+                answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)
+            except self.client.exceptions.NoSuchKey:
+                return None
+            return _record(name, answer["Body"].read())
 
     def put(self, name: str, value: Record) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=_bytes(value))
+        with s3.saying(f"{self._url(name)} cannot be written"):
+            self._put(name, value)
 
     def put_new(self, name: str, value: Record) -> bool:
         from botocore.exceptions import ClientError
 
-        for _ in range(ATTEMPTS):
-            try:
-                self.client.put_object(
-                    Bucket=self.bucket, Key=self._key(name), Body=_bytes(value), IfNoneMatch="*"
-                )
-                return True
-            except ClientError as error:
-                code = error.response["Error"]["Code"]
-                if code == "PreconditionFailed":
-                    # A retry after a lost answer meets its own object.
-                    return bool(self.get(name) == json.loads(_bytes(value)))
-                if code != "ConditionalRequestConflict":  # another write is under way
-                    raise
-        raise RuntimeError(f"s3://{self.bucket}/{self._key(name)}: others write without an end")
+        with s3.saying(f"{self._url(name)} cannot be written"):
+            for _ in range(ATTEMPTS):
+                try:
+                    self._put(name, value, IfNoneMatch="*")
+                    return True
+                except ClientError as error:
+                    code = error.response["Error"]["Code"]
+                    if code == "PreconditionFailed":
+                        # A retry after a lost answer meets its own object.
+                        return bool(self.get(name) == json.loads(_bytes(value)))
+                    if code != "ConditionalRequestConflict":  # another write is under way
+                        raise
+        raise RuntimeError(f"{self._url(name)}: others write without an end")
 
     def names(self, prefix: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self._key(prefix.rstrip("/") + "/")
-        )
-        skipped = len(self._key(""))
-        return sorted(
-            item["Key"][skipped:]
-            for page in pages
-            for item in page.get("Contents", [])
-            if item["Key"].endswith(".json")
-        )
+        below = self.prefix + prefix.rstrip("/") + "/"
+        keys = [item["Key"] for item in s3.listed(self.client, self.bucket, below)]
+        return sorted(key.removeprefix(self.prefix) for key in keys if key.endswith(".json"))
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}".lstrip("/")
+    def _put(self, name: str, value: Record, **condition: str) -> None:
+        key = self.prefix + name
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=_bytes(value), **condition)
+
+    def _url(self, name: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{name}"
 
 
 def at(url: str, endpoint: str | None = None) -> Exchange:
     """The exchange beside the DVC remote at `url`: a folder, or s3://bucket/prefix."""
     parts = urlparse(url)
     if parts.scheme == "s3":
-        return Bucket(parts.netloc, f"{parts.path}/orchestrate", endpoint)
+        bucket, prefix = s3.parsed(url, "the DVC remote")
+        return Bucket(bucket, f"{prefix}orchestrate/", endpoint)
     if parts.scheme not in ("", "file"):
         raise UserError(f"the DVC remote {url} is neither a folder nor s3://")
     return Folder(Path(parts.path) / "orchestrate")

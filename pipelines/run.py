@@ -20,7 +20,7 @@ from pipelines import bundle, lineage, stage, tracking
 from pipelines import params as parameters
 from pipelines.deploy import register, registry
 from pipelines.deploy.registry import CHALLENGER, CHAMPION
-from pipelines.errors import UserError
+from pipelines.errors import TransientError, UserError
 from pipelines.ingest import fetch
 from pipelines.params import Params
 
@@ -57,6 +57,9 @@ def main() -> int:
     except UserError as error:
         print(f"run: error: {error}", file=sys.stderr)
         return 2
+    except TransientError as error:
+        print(f"run: fault: {error}", file=sys.stderr)
+        return 1
     except subprocess.CalledProcessError:
         # A stage that was killed, or never started, left no status: that is a fault.
         return max((use["status"] for use in usage(started).values()), default=0) or 1

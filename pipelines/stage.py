@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params as parameters
-from pipelines.errors import UserError, naming
+from pipelines.errors import TransientError, UserError, naming
 from pipelines.params import Params
 from pipelines.recorder import Recorder
 
@@ -55,6 +55,9 @@ def guarded(stage: str, run: Callable[[Params], None]) -> int:
     except UserError as error:
         print(f"{stage}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except TransientError as error:
+        print(f"{stage}: fault: {error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print(f"{stage}: interrupted", file=sys.stderr, flush=True)
         return 130

@@ -14,8 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import stage, tables
-from pipelines.deploy.targets import store
+from pipelines import s3, stage, tables
 
 
 class Shelf:
@@ -23,7 +22,8 @@ class Shelf:
 
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
-        self.bucket, self.prefix = store.parted(place) if place.startswith("s3:") else ("", "")
+        in_bucket = place.startswith("s3:")
+        self.bucket, self.prefix = s3.parsed(place, "the shelf") if in_bucket else ("", "")
         self.folder = Path(place)
 
     def put(self, name: str, table: pa.Table) -> None:
@@ -34,7 +34,8 @@ class Shelf:
         with tempfile.TemporaryDirectory() as folder:
             tables.write(table, made := Path(folder) / name)
             key = self.prefix + name
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=made.read_bytes())
+            with s3.saying(f"s3://{self.bucket}/{key} cannot be written"):
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=made.read_bytes())
 
     def names(self, after: str = "") -> list[str]:
         """The names in order, of those that come after one."""
@@ -42,26 +43,23 @@ class Shelf:
             found = [file.name for file in self.folder.glob("*.parquet")]
             # What is still being written begins with a dot.
             return sorted(name for name in found if name > after and not name.startswith("."))
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix, StartAfter=self.prefix + after
-        )
-        keys = [one["Key"] for page in pages for one in page.get("Contents", [])]
+        start = self.prefix + after
+        listed = s3.listed(self._client, self.bucket, self.prefix, StartAfter=start)
+        keys = [one["Key"] for one in listed]
         return [key.removeprefix(self.prefix) for key in keys if key.endswith(".parquet")]
 
     def rows(self, name: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """The values of these columns, row by row."""
         source: Any = self.folder / name
         if self.bucket:
-            found = self._client.get_object(Bucket=self.bucket, Key=self.prefix + name)
-            source = io.BytesIO(found["Body"].read())
+            key = self.prefix + name
+            with s3.saying(f"s3://{self.bucket}/{key} cannot be read"):
+                found = self._client.get_object(Bucket=self.bucket, Key=key)
+                source = io.BytesIO(found["Body"].read())
         table = pq.read_table(source, columns=list(columns))
         return zip(*(table[one].to_pylist() for one in columns), strict=True)
 
     @cached_property
     def _client(self) -> Any:
-        import boto3
-        from botocore.config import Config
-
         # A replica drops what it cannot write, and who judges looks again: both must know soon.
-        patience = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2})
-        return boto3.client("s3", config=patience)
+        return s3.client(attempts=2, connect=5, read=10)
