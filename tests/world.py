@@ -114,7 +114,7 @@ def thin(folder: Path, params: Params, until: str) -> Path:
             continue
         target = folder / file.name
         target.parent.mkdir(exist_ok=True)
-        content = file.read()
+        content = file.content
         target.write_bytes(_thinned(content) if table == "flights" else content)
     return folder
 

@@ -5,50 +5,40 @@ in:   fetch.source: `sample` (CSV files inside the package dataset.package), a f
 out:  data/raw/, the same layout: every file that begins before as_of
 run:  dvc repro fetch
 
-Incremental: a file whose MD5 is already there is not copied again. A file is visible only when it
-is whole.
+Incremental: a file whose bytes are already there is not brought again. A file is visible only when
+it is whole and checked; what a killed run had begun of an object is gone on with.
 """
 
-import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 from zoneinfo import ZoneInfo
 
 from pipelines import stage
 from pipelines.errors import UserError
+from pipelines.ingest import sources, transfer
+from pipelines.ingest.sources import SourceFile
 from pipelines.params import Dataset, Params
 
 RAW = Path("data/raw")
 MONTH = re.compile(r"[1-9]\d{3}-(0[1-9]|1[0-2])\.csv")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of the source: its name below data/raw, its MD5 where known without reading it, its
-    bytes.
-    """
-
-    name: str
-    md5: str | None
-    read: Callable[[], bytes]
+File = TypeVar("File", bound=SourceFile)
 
 
 def run(params: Params) -> None:
-    files = wanted(listing(params), params)
-    copied = 0
-    for file in files:
-        if not _present(file):
-            copied += 1
-            with stage.whole(RAW / file.name) as partial:
-                partial.write_bytes(_content(file))
-    removed = _prune({file.name for file in files})
+    busy = f"another fetch is at work in {Path.cwd()}; start again when it has ended"
+    with stage.alone(stage.STATE / "fetch.lock", busy):
+        files = wanted(listing(params), params)
+        new = _differing(files)
+        transfer.each("fetch", new, lambda file, moved: file.bring(RAW / file.name, moved))
+        removed = _prune({file.name for file in files})
     stage.say(
         "fetch",
-        f"{len(files)} files, {copied} new or changed, {removed} removed, "
+        f"{len(files)} files, {len(new)} new or changed, {removed} removed, "
         f"from {params.fetch.source}",
     )
 
@@ -57,21 +47,46 @@ def changed(params: Params) -> bool:
     """Whether the source differs from what was fetched. Reads; writes nothing."""
     files = wanted(listing(params), params)
     here = {path.relative_to(RAW).as_posix() for path in RAW.rglob("*.csv")}
-    return here != {file.name for file in files} or not all(_present(file) for file in files)
+    return here != {file.name for file in files} or bool(_differing(files))
+
+
+def _differing(files: Sequence[SourceFile]) -> list[SourceFile]:
+    with ThreadPoolExecutor() as pool:
+        same = pool.map(lambda file: file.same(RAW / file.name), files)
+    return [file for file, held in zip(files, same, strict=True) if not held]
 
 
 def listing(params: Params) -> list[SourceFile]:
     """Every file of the source that belongs to a table of the dataset."""
-    source = params.fetch.source
+    source, dataset = params.fetch.source, params.dataset
     if source == "sample":
-        return list(_sample(params.dataset))
-    names = _s3(source) if source.startswith("s3://") else _folder(Path(source))
-    files = [file for file in names if _belongs(file.name, params)]
-    for name, table in params.dataset.tables.items():
-        expected = f"{name}.csv" if table.batch is None else f"{name}/<year>-<month>.csv"
-        if not any(file.name.partition("/")[0] in (name, f"{name}.csv") for file in files):
-            raise UserError(f"{source}: table {name} is missing; expected {expected}")
+        return list(sources.sample(dataset))
+    found: Iterable[SourceFile]
+    if source.startswith("s3://"):
+        found = sources.bucket(source, "fetch.source")
+    elif Path(source).is_dir():
+        found = sources.folder(Path(source))
+    else:
+        raise UserError(
+            f"fetch.source: {source} is not a folder; expected sample, a folder or s3://bucket/prefix"
+        )
+    files = belonging(found, source, dataset)
+    complete([file.name for file in files], source, dataset)
     return files
+
+
+def belonging(files: Iterable[File], source: str, dataset: Dataset) -> list[File]:
+    """Those that are of a table of the dataset."""
+    return [file for file in files if _belongs(file.name, source, dataset)]
+
+
+def complete(names: Iterable[str], source: str, dataset: Dataset) -> None:
+    """Raises UserError where a table has no file."""
+    held = {name.partition("/")[0] for name in names}
+    for name, table in dataset.tables.items():
+        expected = f"{name}.csv" if table.batch is None else f"{name}/<year>-<month>.csv"
+        if not held & {name, f"{name}.csv"}:
+            raise UserError(f"{source}: table {name} is missing; expected {expected}")
 
 
 def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
@@ -120,139 +135,35 @@ def _after(month: str) -> str:
     return f"{year + number // 12:04}-{number % 12 + 1:02}"
 
 
-def _belongs(name: str, params: Params) -> bool:
+def _belongs(name: str, source: str, dataset: Dataset) -> bool:
     """Whether a file is of a table of the dataset.
 
     Raises UserError for one in the folder of a batched table that is no month: nobody would miss
     its rows. Names that begin with a dot or an underscore are notes of other tools.
     """
     table, folder, file = name.partition("/")
-    spec = params.dataset.tables.get(table if folder else name.removesuffix(".csv"))
-    if spec is None or (spec.batch is None) == bool(folder) or file.startswith((".", "_")):
+    spec = dataset.tables.get(table if folder else name.removesuffix(".csv"))
+    shown = name if name.isprintable() else ascii(name)
+    if spec is None or (spec.batch is None) == bool(folder):
+        if not _plain(name):
+            stage.say(source, f"{shown} is left out: it may lead elsewhere")
         return False
-    if not folder or not file:
+    if not folder:
         return name.endswith(".csv")
+    if file.startswith((".", "_")) and _plain(file):
+        return False
     if not MONTH.fullmatch(file):
         raise UserError(
-            f"{params.fetch.source}/{name} is no month of {table}; "
+            f"{source}/{shown} is no month of {table}; "
             f"expected {table}/<year>-<month>.csv, such as {table}/2013-05.csv"
         )
     return True
 
 
-def _folder(folder: Path) -> Iterator[SourceFile]:
-    if not folder.is_dir():
-        raise UserError(
-            f"fetch.source: {folder} is not a folder; expected sample, a folder or s3://bucket/prefix"
-        )
-    for path in sorted(folder.glob("*.csv")) + sorted(folder.glob("*/*")):
-        is_text = path.suffix == ".csv"
-        if not is_text and not path.is_file():
-            continue
-
-        def read(path: Path = path) -> bytes:
-            try:
-                return path.read_bytes()
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-        md5 = _md5(read()) if is_text else None  # others are only named
-        yield SourceFile(path.relative_to(folder).as_posix(), md5, read)
-
-
-def _s3(url: str) -> Iterator[SourceFile]:
-    """The objects below an s3:// prefix. The ETag of an object uploaded in one part is its MD5."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise UserError(f"fetch.source: {url} names no bucket; expected s3://bucket/prefix")
-    prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
-    client = boto3.client("s3")
-    try:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        objects = [item for page in pages for item in page.get("Contents", [])]
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(f"{url} cannot be listed: {' '.join(str(error).split())}") from None
-    for item in objects:
-        key, etag = item["Key"], item["ETag"].strip('"')
-
-        def read(key: str = key, etag: str = etag) -> bytes:
-            try:
-                answer = client.get_object(Bucket=bucket, Key=key, IfMatch=etag)
-                return bytes(answer["Body"].read())
-            except (BotoCoreError, ClientError) as error:
-                raise UserError(f"s3://{bucket}/{key} cannot be read: {error}") from None
-
-        yield SourceFile(key.removeprefix(prefix), None if "-" in etag else etag, read)
-
-
-def _sample(dataset: Dataset) -> Iterator[SourceFile]:
-    """The CSV files of the sample package, batched tables cut by month.
-
-    The package is never imported.
-    """
-    import importlib.util
-
-    spec = importlib.util.find_spec(dataset.package)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"dataset.package: {dataset.package} is not installed; it carries the sample"
-        )
-    folder = Path(spec.origin).parent / "data"
-    for name, table in dataset.tables.items():
-        if table.batch is None:
-            content = _sample_bytes(folder, name)
-            yield _held(f"{name}.csv", content)
-        else:
-            for month, content in _by_month(_sample_bytes(folder, name), *table.batch):
-                yield _held(f"{name}/{month}.csv", content)
-
-
-def _held(name: str, content: bytes) -> SourceFile:
-    return SourceFile(name, _md5(content), lambda: content)
-
-
-def _sample_bytes(folder: Path, table: str) -> bytes:
-    import zipfile
-
-    plain, packed = folder / f"{table}.csv", folder / f"{table}.csv.zip"
-    if plain.is_file():
-        return plain.read_bytes()
-    if packed.is_file():
-        with zipfile.ZipFile(packed) as archive:
-            return archive.read(f"{table}.csv")
-    raise UserError(f"{plain} is missing; the sample package does not carry table {table}")
-
-
-def _by_month(content: bytes, year: str, month: str) -> Iterator[tuple[str, bytes]]:
-    """Cut CSV lines by two columns that stand before any quoted field; lines stay as they are."""
-    header, *lines = content.splitlines(keepends=True)
-    columns = header.decode().strip().split(",")
-    year_at, month_at = columns.index(year), columns.index(month)
-    batches: dict[str, list[bytes]] = {}
-    for line in lines:
-        fields = line.split(b",", max(year_at, month_at) + 1)
-        batches.setdefault(f"{int(fields[year_at]):04}-{int(fields[month_at]):02}", []).append(line)
-    for name in sorted(batches):
-        yield name, header + b"".join(batches[name])
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def _present(file: SourceFile) -> bool:
-    target = RAW / file.name
-    return file.md5 is not None and target.is_file() and _md5(target.read_bytes()) == file.md5
-
-
-def _content(file: SourceFile) -> bytes:
-    content = file.read()
-    if file.md5 is not None and _md5(content) != file.md5:
-        raise UserError(f"{file.name} changed in the source while it was read; run again")
-    return content
+def _plain(name: str) -> bool:
+    """Whether no system takes the name for a path that leads elsewhere."""
+    odd = {"", ".", ".."} & set(name.split("/"))
+    return name.isprintable() and "\\" not in name and not odd
 
 
 def _prune(names: set[str]) -> int:

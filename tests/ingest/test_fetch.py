@@ -1,15 +1,18 @@
 """fetch copies what is new, before the clock, whole; every source gives the same files."""
 
 import hashlib
+import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 from world import Checkout
 
-from pipelines.errors import UserError
-from pipelines.ingest import fetch
+from pipelines.errors import TransientError, UserError
+from pipelines.ingest import fetch, transfer
 
 
 def _files() -> dict[str, str]:
@@ -109,6 +112,76 @@ def test_a_file_that_is_no_month_is_named(checkout: Checkout, name: str) -> None
     fetch.run(checkout.params())
 
 
+def _out(source: Path) -> Path:
+    """A file beside the source, which is no business of it."""
+    return Path(shutil.copy(source / "planes.csv", source.parent / "secret.csv"))
+
+
+def _swap(link: Path, target: Path | str) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda s: _swap(s / "planes.csv", _out(s)),
+            r"planes\.csv leads to .*; expected a file in",
+        ),
+        (lambda s: _swap(s / "planes.csv", "../source/../secret.csv"), r"planes\.csv leads to "),
+        (
+            lambda s: (
+                (s / "flights").rename(s.parent / "moved"),
+                _swap(s / "flights", "../moved"),
+            ),
+            r"flights/2013-0\d\.csv leads to .*/moved/2013-0\d\.csv; expected",
+        ),
+        (lambda s: _swap(s / "planes.csv", "nowhere"), r"planes\.csv cannot be read: No such file"),
+        (lambda s: _swap(s / "planes.csv", "planes.csv"), r"planes\.csv cannot be read: .*link"),
+        (
+            lambda s: ((s / "planes.csv").unlink(), os.mkfifo(s / "planes.csv")),
+            r"planes\.csv cannot be read: it is no regular file",
+        ),
+    ],
+)
+def test_what_leads_out_of_the_folder_is_one_line(
+    checkout: Checkout, spoil: object, said: str
+) -> None:
+    _out(checkout.source)
+    spoil(checkout.source)  # type: ignore[operator]
+    with pytest.raises(UserError, match=said):
+        fetch.run(checkout.params())
+    led = "flights/*.csv" if "flights" in said else "planes.csv"
+    assert not list(fetch.RAW.glob(led))
+
+
+def test_a_link_that_stays_in_the_folder_is_a_file(checkout: Checkout) -> None:
+    plain = (checkout.source / "planes.csv").read_bytes()
+    (checkout.source / "planes.csv").rename(checkout.source / "planes-2.csv")
+    (checkout.source / "planes.csv").symlink_to("planes-2.csv")
+    fetch.run(checkout.params())
+    assert (fetch.RAW / "planes.csv").read_bytes() == plain
+    assert not (fetch.RAW / "planes.csv").is_symlink()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_taken(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkout.source / "planes.csv"
+    read = transfer.pieces
+
+    def and_written(one: Path, size: int) -> Iterator[bytes]:
+        yield from read(one, size)
+        if one == path:
+            path.write_bytes(path.read_bytes() + b"more\n")
+
+    monkeypatch.setattr(transfer, "pieces", and_written)
+    with pytest.raises(TransientError, match=r"planes\.csv changed while it was read; run again"):
+        fetch.run(checkout.params())
+    assert not (fetch.RAW / "planes.csv").exists()
+
+
 def test_a_bucket_without_a_name_is_one_line(checkout: Checkout) -> None:
     checkout.set(fetch={"source": "s3://"})
     with pytest.raises(UserError, match=r"fetch\.source: s3:// names no bucket; expected s3://b"):
@@ -160,5 +233,5 @@ def test_the_sample_is_cut_without_loss(params: object, tmp_path: Path) -> None:
     from pipelines import params as parameters
 
     files = fetch.listing(parameters.load(ROOT / "params.yaml"))
-    lines = sum(file.read().count(b"\n") - 1 for file in files if file.name.startswith("flights/"))
+    lines = sum(file.content.count(b"\n") - 1 for file in files if file.name.startswith("flights/"))
     assert lines == 336_776

@@ -23,7 +23,7 @@ import kubernetes_validate
 import pytest
 from kubernetes.utils import parse_quantity
 from orchestrate.place import commit, git, repository
-from orchestrate.seaweed import Seaweed, running
+from seaweed import Seaweed, running
 from world import ROOT
 
 from pipelines import params as parameters

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orchestrate import seaweed, servers
+import seaweed
+from orchestrate import servers
 from orchestrate.place import (
     GREEN,
     Airflow,
