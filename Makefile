@@ -1,7 +1,7 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup run quarantine audit lineage airflow serve gate release manifest test check bench \
-	constraints clean
+.PHONY: help setup land run quarantine audit lineage airflow serve gate release
+.PHONY: manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -25,6 +25,9 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --compile-bytecode \
 		-c constraints.txt -e '.[airflow,serve,dev]'
 	@touch $@
+
+land: $(READY) ## copy raw files to S3, checked, where fetch finds them: SOURCE=folder TO=s3://…
+	@python -m pipelines.ingest.land "$$SOURCE" "$$TO"
 
 run: $(READY) ## take the flights from raw files to a registered, watched bundle
 	@python -m pipelines.run
