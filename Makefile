@@ -1,7 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup land run quarantine audit lineage airflow serve gate release
-.PHONY: manifest test check bench constraints clean
+.PHONY: help setup land run quarantine audit lineage airflow serve gate release manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
