@@ -159,6 +159,8 @@ class Dataset(_Block):
 
 class Fetch(_Block):
     source: str
+    # At most a century.
+    retention_days: Annotated[int, Field(gt=0, le=36600)] | None
 
 
 class Pii(_Block):

@@ -13,12 +13,11 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
-from zoneinfo import ZoneInfo
 
-from pipelines import stage
+from pipelines import months, stage
 from pipelines.errors import UserError
 from pipelines.ingest import sources, transfer
 from pipelines.ingest.sources import SourceFile
@@ -90,49 +89,51 @@ def complete(names: Iterable[str], source: str, dataset: Dataset) -> None:
 
 
 def wanted(files: list[SourceFile], params: Params) -> list[SourceFile]:
-    """The files whose month begins before as_of.
+    """The files whose month begins before as_of, and ended within fetch.retention_days before it.
 
     Raises UserError where a month between is missing, or the newest that another table has.
     """
-    zone = ZoneInfo(params.dataset.timezone)
     kept: list[SourceFile] = []
     by_table: dict[str, list[str]] = {}
     for file in sorted(files, key=lambda file: file.name):
         table, _, month = file.name.removesuffix(".csv").partition("/")
         if month:
-            begin = datetime.strptime(month, "%Y-%m").replace(tzinfo=zone)
-            if begin >= params.as_of:
+            if not _in_time(month, params):
                 continue
             by_table.setdefault(table, []).append(month)
         kept.append(file)
     for table, batch in ((n, t.batch) for n, t in params.dataset.tables.items()):
         if batch is None:
             continue
-        months = by_table.get(table, [])
-        if not months:
+        held = by_table.get(table, [])
+        if not held:
             raise UserError(
                 f"{params.fetch.source}: table {table} has no month before as_of "
                 f"{params.as_of:%Y-%m-%d}"
             )
-        gap = next((a for a, b in itertools.pairwise(months) if _after(a) != b), None)
+        gap = next((a for a, b in itertools.pairwise(held) if months.after(a) != b), None)
         if gap is not None:
             raise UserError(
-                f"{params.fetch.source}/{table}/{_after(gap)}.csv is missing; later months exist"
+                f"{params.fetch.source}/{table}/{months.after(gap)}.csv is missing; "
+                "later months exist"
             )
-    ends = {months[-1]: table for table, months in by_table.items()}
+    ends = {held[-1]: table for table, held in by_table.items()}
     newest = max(ends, default="")
     for last, table in ends.items():
         if last != newest:
             raise UserError(
-                f"{params.fetch.source}/{table}/{_after(last)}.csv is missing; "
+                f"{params.fetch.source}/{table}/{months.after(last)}.csv is missing; "
                 f"{ends[newest]} has months up to {newest}"
             )
     return kept
 
 
-def _after(month: str) -> str:
-    year, number = int(month[:4]), int(month[5:])
-    return f"{year + number // 12:04}-{number % 12 + 1:02}"
+def _in_time(month: str, params: Params) -> bool:
+    """Whether the month begins before as_of, and does not lie past its retention."""
+    zone, days = params.dataset.timezone, params.fetch.retention_days
+    if months.begin(month, zone) >= params.as_of:
+        return False
+    return days is None or months.end(month, zone) > params.as_of - timedelta(days=days)
 
 
 def _belongs(name: str, source: str, dataset: Dataset) -> bool:

@@ -183,3 +183,16 @@ def test_an_empty_quarantine_says_so(checkout: Checkout) -> None:
     none = pq.read_schema(tables.months(load.EVENTS)[0]).append(validate.REASONS).empty_table()
     tables.write(none, validate.QUARANTINE / "2013-01.parquet")
     assert quarantine.show(checkout.params(), 5) == "no row is in quarantine"
+
+
+def test_what_is_past_its_retention_goes_from_every_table(checkout: Checkout) -> None:
+    _loaded(checkout)
+    assert len(tables.months(load.EVENTS)) == 5
+    checkout.set(fetch={"retention_days": 70})  # to the 23rd of March
+    _loaded(checkout)
+    left = ["2013-03", "2013-04", "2013-05"]
+    for folder in (load.RAW / "flights", load.RAW / "weather", load.EVENTS):
+        assert sorted(file.stem for file in folder.iterdir()) == left
+    checkout.set(fetch={"retention_days": None})
+    _loaded(checkout)
+    assert len(tables.months(load.EVENTS)) == 5
