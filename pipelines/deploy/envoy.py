@@ -26,6 +26,12 @@ from pipelines.params import Serve, Traffic
 
 TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
 TYPES = "type.googleapis.com/envoy.config"
+# What is for callers. The rest of a replica, such as /metrics, is for who runs it, at its own port.
+ASKED = r"/predict|/v2/models/[^/]+(/versions/[^/]+)?/infer"
+TOLD = r"/openapi\.json|/v2(/.*)?"
+# A cluster counts predictions alone: the champion tells of itself through another, to the same
+# replicas.
+TELLING = "-telling"
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,12 @@ def prepare(folder: Path, traffic: Traffic, serve: Serve) -> Path:
 
 def clusters(folder: Path, traffic: Traffic, names: list[str]) -> str:
     """Write the clusters. Returns the version that Envoy reports once it has them."""
-    made = [_render("cluster", traffic, name=name, folder=folder.resolve()) for name in names]
+    place = folder.resolve()
+    made = [
+        _render("cluster", traffic, name=name + part, service=name, folder=place)
+        for name in names
+        for part in ("", TELLING)
+    ]
     return _publish(folder / "clusters.json", made)
 
 
@@ -80,16 +91,21 @@ def endpoints(folder: Path, name: str, ports: list[int]) -> str:
 
 
 def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
-    """Write the ways, whose percents sum to 100. Returns the version, as `clusters` does."""
+    """Write the ways, whose percents sum to 100, the champion's last. Returns the version, as
+    `clusters` does.
+    """
     made, left = [], 100
     for way in ways:
         # Each route sees what those before it left.
         share = round(1_000_000 * way.percent / left) if left else 0
         left -= way.percent
-        route = _render("route", traffic, name=way.cluster, share=share)
+        route = _render("route", traffic, name=way.cluster, share=share, paths=ASKED)
         if way.copy is not None:
             route["route"]["request_mirror_policies"] = [{"cluster": way.copy}]
         made.append(route)
+    if ways:
+        champion = ways[-1].cluster + TELLING
+        made.append(_render("route", traffic, name=champion, share=1_000_000, paths=TOLD))
     # Until there is a way no path is a wrong one.
     rest = {"match": {"prefix": "/"}, "direct_response": {"status": 404 if ways else 503}}
     host = {"name": "all", "domains": ["*"], "routes": [*made, rest]}
@@ -134,6 +150,7 @@ class Admin:
                 if host["health_status"] == {"eds_health_status": "HEALTHY"}
             }
             for cluster in found.get("cluster_statuses", [])
+            if not cluster["name"].endswith(TELLING)  # to the same replicas
         }
 
     def counted(self, cluster: str) -> Counted:

@@ -55,9 +55,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` says why it is bad, or what is awaited."""
+    """`reason` says why it is bad, or what is awaited. What is `unproven` had its time: it ends as
+    what is bad does, but nothing is known against it.
+    """
 
-    kind: Literal["good", "bad", "undecided"]
+    kind: Literal["good", "bad", "unproven", "undecided"]
     reason: str
 
 
@@ -226,6 +228,6 @@ def decide(
     if elapsed < limits.limit_seconds:
         return Verdict("undecided", said)
     if not answers:
-        return Verdict("bad", f"no traffic or no metrics in {elapsed:.0f} s")
+        return Verdict("unproven", f"no traffic or no metrics in {elapsed:.0f} s")
     wanted = f"{PAIRS} pairs" if answers >= limits.step_requests else limits.step_requests
-    return Verdict("bad", f"{said}; expected {wanted}")
+    return Verdict("unproven", f"{said}; expected {wanted}")

@@ -2,7 +2,8 @@
 
 in:   the shelf of serve.capture, where both slots keep the same requests under their ids; the shelf
       of release.labels: Parquet files with request_id, row and label (0 or 1)
-out:  distances of two answers to one row, and differences of log loss, each once
+out:  distances of two answers to one request, and differences of log loss, each once; means over
+      its rows, since rows of one request are alike
 
 What cannot be read is no reason to roll back: it is said once, and read again at the next look.
 """
@@ -57,12 +58,13 @@ class Mirrored:
         self.compared |= fresh
         told = {asked for asked in self.compared - self.judged if asked[:2] in self.known}
         self.judged |= told
-        distances = [abs(ours[asked] - theirs[asked]) for asked in sorted(fresh)]
-        losses = [
-            _loss(ours[asked], self.known[asked[:2]]) - _loss(theirs[asked], self.known[asked[:2]])
-            for asked in sorted(told)
-        ]
-        return distances, losses
+        distances = {asked: abs(ours[asked] - theirs[asked]) for asked in fresh}
+        losses = {
+            asked: _loss(ours[asked], self.known[asked[:2]])
+            - _loss(theirs[asked], self.known[asked[:2]])
+            for asked in told
+        }
+        return _by_request(distances), _by_request(losses)
 
     def _each(self, shelf: Shelf, after: str, take: Callable[[str], None]) -> None:
         """Take every file that was not read yet."""
@@ -95,6 +97,14 @@ class Mirrored:
 
     def _label(self, name: str) -> None:
         self.known |= dict(_labels(self.labels.rows(name, ("request_id", "row", "label"))))
+
+
+def _by_request(values: dict[Asked, float]) -> list[float]:
+    """The mean over the rows of each request."""
+    rows: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for (one, _, body), value in sorted(values.items()):
+        rows[one, body].append(value)
+    return [sum(found) / len(found) for found in rows.values()]
 
 
 def _labels(rows: Iterator[tuple[str, int, int]]) -> Iterator[tuple[Row, int]]:

@@ -32,6 +32,8 @@ from pipelines.errors import UserError
 from pipelines.params import Params
 
 ATTEMPTS = 20
+# The tag of a version that a person made challenger: at which entry of the log.
+CHALLENGED = "challenged"
 
 
 def promote(
@@ -154,11 +156,14 @@ def _project(held: Registry, entry: Entry) -> None:
     aliases = held.aliases()
     if aliases.get(CHAMPION) != entry.version:
         held.store.set_registered_model_alias(held.model, CHAMPION, str(entry.version))
-    if aliases.get(CHALLENGER) in (entry.version, entry.replaces):
+    if aliases.get(CHALLENGER) == entry.version:
         held.store.delete_registered_model_alias(held.model, CHALLENGER)
     said = f"{entry.at} by {entry.who}: {entry.why}"
     if entry.rolled_back:
-        held.tag(int(entry.replaces or 0), {ROLLED_BACK: said})
+        version = int(entry.replaces or 0)
+        # Not again once a person wants it back in spite of this entry.
+        if held.version(version).tags.get(CHALLENGED) != str(entry.number):
+            held.tag(version, {ROLLED_BACK: said})
     else:
         held.tag(entry.version, {"promoted": said})
         _unbar(held, entry.version)
@@ -179,6 +184,7 @@ def challenge(held: Registry, version: int) -> None:
     newest = reconcile(held)
     if newest is not None and newest.version == version:
         raise UserError(f"{held.model} version {version} is champion; expected another")
+    held.tag(version, {CHALLENGED: str(newest.number if newest else 0)})
     _unbar(held, version)
     held.store.set_registered_model_alias(held.model, CHALLENGER, str(version))
 

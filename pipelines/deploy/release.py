@@ -160,6 +160,13 @@ class Controller:
         if version is None:
             self._nothing(now)
             return
+        against = self.held.version(version).tags.get("gate_against")
+        if against != str(now.version):
+            raise UserError(
+                f"nothing is served at {self.limits.target} to judge by, and the gate compared "
+                f"version {version} with {against}, not with the champion {now.version}; run "
+                "python -m pipelines.deploy.gate"
+            )
         why = f"nothing is served at {self.limits.target}: no traffic to judge by"
         promotion.promote(self.held, version, now.version, "release", why)
         stage.write_json(RECORD, {"model": self.held.model, "outcome": "promoted", "why": why})
@@ -188,11 +195,15 @@ class Controller:
         for percent, seconds in self._steps(found):
             verdict = self._step(percent, seconds)
             self.mine.check()
-            if verdict.kind == "bad":
-                self._roll_back(found, f"at {percent} %: {verdict.reason}", bad=True)
+            if verdict.kind != "good":
+                bad = verdict.kind == "bad"
+                self._roll_back(found, f"at {percent} %: {verdict.reason}", bad)
                 raise UserError(
                     f"{self.held.model} version {version} was rolled back: {verdict.reason}"
                 )
+            # A person may have said no meanwhile.
+            if not found.begun["shadow"]:
+                approval.refuse_without(self.held, self.params, version)
             found.add("good", percent=percent, reason=verdict.reason)
         if found.begun["shadow"]:
             self._take_away()

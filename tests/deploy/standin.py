@@ -86,9 +86,9 @@ class Standin:
         lines, total = [], 0
         for number, count in enumerate(self.bins, start=1):
             total += count
-            lines.append(f'headrace_predictions_bucket{{le="{number / BINS}"}} {total}')
+            lines.append(f'headrace_first_predictions_bucket{{le="{number / BINS}"}} {total}')
         lines += [
-            f'headrace_predictions_bucket{{le="+Inf"}} {total}',
+            f'headrace_first_predictions_bucket{{le="+Inf"}} {total}',
             *(
                 f'headrace_requests_total{{route="predict",status="{status}"}} {count}'
                 for status, count in self.statuses.items()

@@ -190,7 +190,7 @@ def test_what_cannot_be_compared_is_not_good(limits: Release) -> None:
         seen = slots.look({"champion": 50, "challenger": 50})
         case = judge.hear(case, {"challenger": seen["challenger"]}, limits)
     assert _after(case, limits, 30).kind == "undecided"
-    assert _after(case, limits, limits.limit_seconds).kind == "bad"
+    assert _after(case, limits, limits.limit_seconds).kind == "unproven"
     case = judge.hear(case, seen, limits)
     assert "errors: " in _after(case, limits, 30).reason
 
@@ -215,7 +215,8 @@ def test_where_answers_are_paired_none_is_good_without_pairs(limits: Release) ->
     few = judge.hear(judge.begin({}), {}, limits, distances=[0.0] * (judge.PAIRS - 1))
     assert judge.decide(few, limits, 15, 20, 10_000, paired=True).kind == "undecided"
     late = judge.decide(few, limits, 15, limits.limit_seconds, 10_000, paired=True)
-    assert (late.kind, "9 pairs so far; expected 10 pairs" in late.reason) == ("bad", True)
+    assert late.kind == "unproven"
+    assert "9 pairs so far; expected 10 pairs" in late.reason
     enough = judge.hear(few, {}, limits, distances=[0.0])
     assert judge.decide(enough, limits, 15, 20, 10_000, paired=True).kind == "good"
 
@@ -254,8 +255,8 @@ def test_labels_that_came_can_condemn(limits: Release) -> None:
         (1, 10_000, "undecided"),
         (20, 10_000, "good"),
         (20, 3, "undecided"),
-        (10_000, 3, "bad"),
-        (10_000, 0, "bad"),
+        (10_000, 3, "unproven"),
+        (10_000, 0, "unproven"),
     ],
 )
 def test_a_step_needs_seconds_and_answers(

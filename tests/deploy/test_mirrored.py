@@ -138,3 +138,14 @@ def test_a_bucket_that_cannot_be_reached_is_asked_again(
 
 def _broken(*_: object) -> None:
     raise OSError("cut")
+
+
+def test_the_rows_of_one_request_are_one_answer(mirrored: Mirrored) -> None:
+    """They are alike: as many outcomes they would be a proof of what one caller asked."""
+    for digest, values in ((CHAMPION, [0.2, 0.2, 0.5]), (CHALLENGER, [0.2, 0.5, 0.5])):
+        table = {
+            "request_id": ["one", "one", "two"], "row": pa.array([0, 1, 0], pa.int32()),
+            "body": ["a", "a", "b"], PREDICTION: pa.array(values, pa.float32()),
+        }  # fmt: skip
+        mirrored.captures.put(f"{time.time_ns()}-1-abcd-{digest[:12]}.parquet", pa.table(table))
+    assert mirrored.look() == ([pytest.approx(0.15), 0.0], [])

@@ -18,7 +18,7 @@ from deploy.tiny import make_bundle, two_versions
 from world import ROOT, Checkout
 
 from pipelines import lease, stage
-from pipelines.deploy import promotion, register, release, targets, trail
+from pipelines.deploy import approval, promotion, register, release, targets, trail
 from pipelines.deploy.registry import CHALLENGER, ROLLED_BACK, Registry
 from pipelines.deploy.targets import Observation, Release, Shadow, Slot
 from pipelines.errors import UserError
@@ -169,6 +169,45 @@ def test_what_was_rolled_back_comes_again_only_if_a_person_says_so(
         promotion.challenge(held, 2)
 
 
+def test_what_a_person_rolled_back_can_be_challenger_too(
+    held: Registry, checkout: Checkout
+) -> None:
+    promotion.promote(held, 2, 1, "a person", "a try")
+    for _ in range(2):
+        promotion.roll_back(held, promotion.standing(held.log())[-1].version, "a person", "no")
+        register.run(checkout.params())
+        assert CHALLENGER not in held.aliases()
+        assert ROLLED_BACK in held.version(2).tags
+        promotion.challenge(held, 2)
+        promotion.reconcile(held)
+        assert held.aliases() == {"champion": 1, CHALLENGER: 2}
+        assert ROLLED_BACK not in held.version(2).tags
+        promotion.promote(held, 2, 1, "a person", "again")
+
+
+def test_a_person_who_says_no_meanwhile_is_heard(held: Registry, checkout: Checkout) -> None:
+    def reject(call: str) -> None:
+        if call == "shift 20":
+            approval.decide(held, 2, "reject", "a person", "no")
+
+    target = Pretended(meanwhile=reject)
+    with pytest.raises(UserError, match="version 2 was rejected by a person: no"):
+        release.run(checkout.params(), target)
+    assert (_champion(held), set(target.slots)) == (1, {"champion"})
+    assert "shift 100" not in target.calls
+
+
+def test_a_gate_against_a_champion_of_before_is_none_where_nothing_is_served(
+    held: Registry, checkout: Checkout
+) -> None:
+    held.tag(2, {"gate_against": "7"})
+    target = Pretended()
+    target.awake = False
+    with pytest.raises(UserError, match="compared version 2 with 7, not with the champion 1; run"):
+        release.run(checkout.params(), target)
+    assert _champion(held) == 1
+
+
 @pytest.mark.parametrize("hides", [None, "champion", "challenger"])
 def test_no_traffic_or_a_slot_nobody_can_see_is_bad(
     held: Registry, checkout: Checkout, hides: Slot | None
@@ -177,6 +216,11 @@ def test_no_traffic_or_a_slot_nobody_can_see_is_bad(
     with pytest.raises(UserError, match="no traffic or no metrics"):
         release.run(checkout.params(), Pretended(answers=100 if hides else 0, hides=hides))
     assert _champion(held) == 1
+    # It ends as a bad one does, but nothing was found against the version.
+    assert held.aliases()[CHALLENGER] == 2
+    checkout.set(release={"limit_seconds": 20})
+    release.run(checkout.params(), Pretended())
+    assert _champion(held) == 2
 
 
 def test_a_shadow_is_judged_and_nobody_sees_it(held: Registry, checkout: Checkout) -> None:
@@ -350,7 +394,7 @@ def test_a_release_of_other_versions_is_over(held: Registry, checkout: Checkout)
     trail.follow(held.exchange, folder, champion=1, challenger=2, shadow=False)
     make_bundle(0.2)
     register.run(checkout.params())
-    held.tag(3, {"gate": "passed"})
+    held.tag(3, {"gate": "passed", "gate_against": "1"})
     release.run(checkout.params(), Pretended())
     assert (_champion(held), _trail(held).number) == (3, 2)
     assert "the versions changed" in held.version(2).tags["release"]

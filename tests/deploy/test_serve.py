@@ -207,6 +207,7 @@ def test_what_is_counted(replica: Replica) -> None:
             ),
             "seconds": replica.metric("headrace_request_seconds_count"),
             "predictions": replica.metric("headrace_predictions_bucket", le="+Inf"),
+            "first": replica.metric("headrace_first_predictions_bucket", le="+Inf"),
             "rows": replica.metric("headrace_rows_total"),
             "missing": replica.metric("headrace_missing_total", column="y"),
             "no text": replica.metric("headrace_missing_total", column="origin"),
@@ -218,8 +219,8 @@ def test_what_is_counted(replica: Replica) -> None:
     replica.post("/predict", {})
     moved = {name: value - before[name] for name, value in counts().items()}
     assert moved == {
-        "good": 1, "bad": 1, "in place": 1, "seconds": 2, "predictions": 2, "rows": 3,
-        "missing": 2, "no text": 1,
+        "good": 1, "bad": 1, "in place": 1, "seconds": 2, "predictions": 2, "first": 1,
+        "rows": 3, "missing": 2, "no text": 1,
     }  # fmt: skip
     digest = replica.post("/predict", ROW).json["bundle"]
     assert replica.metric("headrace_bundle_info", bundle=digest, version="7") == 1

@@ -60,5 +60,5 @@ def two_versions(params: Params) -> Registry:
         register.run(params)
     held = registry.of(params)
     promotion.reconcile(held)
-    held.tag(2, {"gate": "passed"})
+    held.tag(2, {"gate": "passed", "gate_against": "1"})
     return held

@@ -1,9 +1,9 @@
 """Capture: a share of the requests with their answers, as Parquet, for monitoring.
 
-A request is kept by the hash of its id, so that champion and challenger keep the same ones of the
-mirrored. A file is put on the shelf of `serve.capture.folder`, whole, off the event loop, every so
-many rows or seconds, and when the replica ends. What cannot be written is dropped and counted: no
-request ever waits or fails for it.
+A request is kept by the hash of its id and body, so that champion and challenger keep the same ones
+of the mirrored. A file is put on the shelf of `serve.capture.folder`, whole, off the event loop,
+every so many rows or seconds, and when the replica ends. What cannot be written is dropped and
+counted: no request ever waits or fails for it.
 
     request_id, row     which request, and which row of it
     body                a hash of the request's body: a caller may use an id twice
@@ -41,9 +41,9 @@ log = logging.getLogger("headrace")
 WAITING = 4
 
 
-def share_of(request_id: str) -> float:
-    """Where a request stands in [0, 1), by its id alone."""
-    return zlib.crc32(request_id.encode()) / 2**32
+def share_of(request_id: str, body: bytes) -> float:
+    """Where a request stands in [0, 1): by its body too, since a caller may know one id only."""
+    return zlib.crc32(body, zlib.crc32(request_id.encode())) / 2**32
 
 
 def digest_of(body: bytes) -> str:

@@ -10,6 +10,8 @@ own types, with a lock each, would cost more than the model.
     headrace_request_seconds                from the whole body to the answer, of answers only
     headrace_rows_total, headrace_missing_total{column}
     headrace_predictions                    20 equal bins of [0, 1]; not of fallbacks
+    headrace_first_predictions              the same of each answer's first row alone: rows of one
+                                            request are alike, and a judgement takes none for many
     headrace_bundle_info{bundle,version}
     headrace_reloads_total{result}          taken or refused
     headrace_capture_rows_total{result}     written or dropped
@@ -54,6 +56,8 @@ class Metrics:
         self.seconds_sum = 0.0
         self.predictions = [0] * BINS
         self.predictions_sum = 0.0
+        self.firsts = [0] * BINS
+        self.firsts_sum = 0.0
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -70,9 +74,12 @@ class Metrics:
         if fallback:
             self.fallbacks += 1
             return
-        for value in answer.tolist():
+        values = answer.tolist()
+        for value in values:
             self.predictions[min(int(value * BINS), BINS - 1)] += 1
             self.predictions_sum += value
+        self.firsts[min(int(values[0] * BINS), BINS - 1)] += 1
+        self.firsts_sum += values[0]
 
     def asked(self, contract: Contract, columns: Columns) -> None:
         self.rows += columns.rows
@@ -93,8 +100,11 @@ class Metrics:
         yield CounterMetricFamily("headrace_rows", "rows asked", value=self.rows)
         yield _counter("headrace_missing", ("column",), self.missing)
         bounds = [number / BINS for number in range(1, BINS + 1)]
-        counts = [*self.predictions, 0]
-        yield _histogram("headrace_predictions", bounds, counts, self.predictions_sum)
+        for name, counts, total in (
+            ("headrace_predictions", self.predictions, self.predictions_sum),
+            ("headrace_first_predictions", self.firsts, self.firsts_sum),
+        ):
+            yield _histogram(name, bounds, [*counts, 0], total)
         digest, version = self.bundle()
         info = GaugeMetricFamily("headrace_bundle_info", "answers", labels=["bundle", "version"])
         info.add_metric([digest, str(version)], 1)

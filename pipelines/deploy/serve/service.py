@@ -84,7 +84,7 @@ class Service:
             seconds = time.perf_counter() - begun
             self.metrics.asked(model.contract, columns)
             self.metrics.answered(route, seconds, answer, by is not None)
-            share = share_of(request_id)
+            share = share_of(request_id, body)
             if share < self.params.capture.share:
                 kept = Kept(request_id, digest_of(body), time.time(), model, columns, answer, by)
                 self.capture.keep(kept)

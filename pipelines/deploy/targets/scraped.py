@@ -40,7 +40,7 @@ def page(text: str) -> Page:
                 statuses[labels["status"]] += int(value)
             case "headrace_request_seconds_bucket":
                 latency[float(labels["le"])] = int(value)
-            case "headrace_predictions_bucket":
+            case "headrace_first_predictions_bucket":
                 below[float(labels["le"])] = int(value)
             case "headrace_bundle_info":
                 digest = labels["bundle"]
@@ -66,7 +66,7 @@ def _bins(below: dict[float, int]) -> tuple[int, ...]:
     if not below:
         return (0,) * BINS
     if len(counts) != BINS:
-        raise ValueError(f"headrace_predictions has {len(counts)} bins; expected {BINS}")
+        raise ValueError(f"headrace_first_predictions has {len(counts)} bins; expected {BINS}")
     return tuple(high - low for low, high in zip([0, *counts], counts, strict=False))
 
 
