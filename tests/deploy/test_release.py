@@ -188,7 +188,7 @@ def test_what_a_person_rolled_back_can_be_challenger_too(
 def test_a_person_who_says_no_meanwhile_is_heard(held: Registry, checkout: Checkout) -> None:
     def reject(call: str) -> None:
         if call == "shift 20":
-            approval.decide(held, 2, "reject", "a person", "no")
+            approval.decide(held, 2, approval.REJECTED, "a person", "no")
 
     target = Pretended(meanwhile=reject)
     with pytest.raises(UserError, match="version 2 was rejected by a person: no"):
