@@ -109,6 +109,9 @@ def _command(folder: Path, config: Path, s3: int, others: list[int]) -> list[str
         f"-volume.port={volume}",
         "-volume.max=70",
         f"-filer.port={filer}",
+        # Two more servers, on ports that only one can have.
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
     ]
 
 
