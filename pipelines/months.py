@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
@@ -82,14 +82,9 @@ def said(new: Collection[str], all_: Collection[str]) -> str:
     return f"{len(new)} of {len(all_)} months are new"
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def key(code: Sequence[Path], **made_of: object) -> str:
     """The name of all that a month is made of: the text of a stage's code, and values for JSON."""
-    texts = [sha256(path) for path in (*CODE, *code)]
+    texts = [stage.sha256(path) for path in (*CODE, *code)]
     whole = {"code": texts, "makers": [version(name) for name in MAKERS], **made_of}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -101,6 +96,19 @@ class Kept:
         self.folder = stage.STATE / "months" / name
         self.files = {file.name.split(".")[0]: file for file in self.folder.glob("*")}
 
+    def fill(
+        self, out: Path, keys: Mapping[str, str], make: Callable[[list[str]], int]
+    ) -> tuple[list[str], int]:
+        """Put every month of `keys` into `out`: linked where it is kept, else by `make`, which
+        returns the rows it made, and kept. Returns the months that were new, and their rows.
+        """
+        new = [name for name in keys if not self.take(keys[name], out / f"{name}.parquet")]
+        made = make(new) if new else 0
+        for name in new:
+            self.keep(keys[name], out / f"{name}.parquet")
+        self.sweep()
+        return new, made
+
     def take(self, key: str, target: Path) -> bool:
         """Link the month to `target`; False where it is not kept. One without rows has no file."""
         file = self.files.get(key)
@@ -108,7 +116,7 @@ class Kept:
             return False
         if file.suffix == ".none":
             os.utime(file)
-        elif sha256(file) == file.name.split(".")[1]:
+        elif stage.sha256(file) == file.name.split(".")[1]:
             os.utime(file)
             target.hardlink_to(file)
         else:  # damaged
@@ -122,7 +130,7 @@ class Kept:
         if not made.exists():
             (self.folder / f"{key}.none").touch()
             return
-        file = self.folder / f"{key}.{sha256(made)}.parquet"
+        file = self.folder / f"{key}.{stage.sha256(made)}.parquet"
         with suppress(FileExistsError):  # another made the same
             file.hardlink_to(made)
 

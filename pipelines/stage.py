@@ -242,21 +242,22 @@ def page(path: Path, verdict: Path) -> Iterator[None]:
     note.unlink(missing_ok=True)
     yield
     with whole(note) as partial:
-        partial.write_text(_sha256(verdict) + "\n")
+        partial.write_text(sha256(verdict) + "\n")
 
 
 def is_page_of(path: Path, verdict: Path) -> bool:
     """Whether the page was made with the verdict as it is."""
     note = _note(path)
-    return path.exists() and note.is_file() and note.read_text().strip() == _sha256(verdict)
+    return path.exists() and note.is_file() and note.read_text().strip() == sha256(verdict)
 
 
 def _note(page: Path) -> Path:
     return page.with_name(f"{page.name}.verdict")
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -270,7 +271,7 @@ def read_json(path: Path) -> Any:
 def digest(folder: Path) -> str:
     """The name of a folder's content: SHA-256 over the sorted names and digests of its files."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return digest_of({file.relative_to(folder).as_posix(): _sha256(file) for file in files})
+    return digest_of({file.relative_to(folder).as_posix(): sha256(file) for file in files})
 
 
 def digest_of(files: Mapping[str, str]) -> str:

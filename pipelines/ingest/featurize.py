@@ -34,15 +34,11 @@ FEATURES = Path("data/features")
 
 
 def run(params: Params) -> None:
-    accepted, kept = Accepted(params), Kept("featurize")
+    accepted = Accepted(params)
     keys = {name: accepted.key(name) for name in accepted.files}
     with stage.fresh(FEATURES) as out:
-        new = [name for name in keys if not kept.take(keys[name], out / f"{name}.parquet")]
-        made = _make(accepted, new, out) if new else 0
-        for name in new:
-            kept.keep(keys[name], out / f"{name}.parquet")
+        new, made = Kept("featurize").fill(out, keys, lambda new: _make(accepted, new, out))
         total = tables.count(out)
-    kept.sweep()
     names = params.dataset.features.names
     stage.say(
         "featurize",
@@ -56,7 +52,7 @@ class Accepted:
     def __init__(self, params: Params) -> None:
         self.params, self.dataset = params, params.dataset
         self.files = {file.stem: file for file in tables.months(ACCEPTED)}
-        self.digests = {name: months.sha256(file) for name, file in self.files.items()}
+        self.digests = {name: stage.sha256(file) for name, file in self.files.items()}
 
     def of(self, first: str, last: str) -> list[str]:
         """The months of events that the features of these months and those between are made of."""

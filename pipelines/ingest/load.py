@@ -39,17 +39,13 @@ SECRET = "HEADRACE_PII_KEY"
 
 
 def run(params: Params) -> None:
-    raw, kept = Raw(params), Kept("load")
+    raw = Raw(params)
     keys = {month: raw.key(month) for month in raw.months()}
     with stage.fresh(EVENTS) as out:
-        new = [name for name in keys if not kept.take(keys[name], out / f"{name}.parquet")]
-        made = _make(raw, new, out) if new else 0
-        for name in new:
-            kept.keep(keys[name], out / f"{name}.parquet")
+        new, made = Kept("load").fill(out, keys, lambda new: _make(raw, new, out))
         total = tables.count(out)
         if not total:
             raise UserError(f"{RAW}: no event before as_of {params.as_of:%Y-%m-%d}")
-    kept.sweep()
     stage.say("load", f"{total:,} events, {made:,} of them made: {months.said(new, keys)}")
 
 
@@ -59,7 +55,7 @@ class Raw:
     def __init__(self, params: Params) -> None:
         self.params, self.dataset = params, params.dataset
         self.files = {name: files(name, table) for name, table in self.dataset.tables.items()}
-        self.digests = {path: months.sha256(path) for held in self.files.values() for path in held}
+        self.digests = {path: stage.sha256(path) for held in self.files.values() for path in held}
 
     def months(self) -> list[str]:
         """The months, in UTC, that can hold an event of the raw months, before as_of."""
