@@ -3,6 +3,7 @@ form.
 """
 
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from pipelines.errors import naming
 # What one query takes at once: memory holds so many rows with all their features, however long the
 # table grows.
 ROWS = 1_000_000
+HOST = "127.0.0.1"
 
 
 @contextmanager
@@ -31,9 +33,8 @@ def session(engine: str) -> Iterator[SparkSession]:
     elif engine.startswith("sc://"):
         yield from _connected(SparkSession.builder.remote(engine))
     else:
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        builder = SparkSession.builder.master(engine).config("spark.api.mode", "connect")
-        yield from _connected(builder.config("spark.ui.enabled", "false"))
+        with _started(engine) as url:
+            yield from _connected(SparkSession.builder.remote(url))
 
 
 @contextmanager
@@ -50,11 +51,38 @@ def _embedded() -> Iterator[str]:
         server.stop()
 
 
+@contextmanager
+def _started(master: str) -> Iterator[str]:
+    """A Connect server in a JVM of this process, on a port of its own.
+
+    PySpark's own start of one takes a fixed port, which two stages of one machine would both ask
+    for.
+    """
+    os.environ.setdefault("SPARK_LOCAL_IP", HOST)
+    os.environ["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = secrets.token_urlsafe()
+    from pyspark import SparkConf, SparkContext
+
+    settings = {
+        "spark.plugins": "org.apache.spark.sql.connect.SparkConnectPlugin",
+        "spark.connect.grpc.binding.address": HOST,
+        "spark.connect.grpc.binding.port": "0",
+        "spark.ui.enabled": "false",
+    }
+    context = SparkContext(master, conf=SparkConf().setAll(list(settings.items())))
+    try:
+        service = "org.apache.spark.sql.connect.service.SparkConnectService$"
+        port = getattr(getattr(context._jvm, service), "MODULE$").localPort()
+        # By this name only, the client sends its token to a server without a certificate.
+        yield f"sc://localhost:{port}"
+    finally:
+        context.stop()
+
+
 def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterator[SparkSession]:
-    spark = builder.getOrCreate()
+    spark = builder.create()
     if embedded:
         # The client would ask a server that is gone for ten minutes: here it is this process.
-        spark.client.set_retry_policies([])  # type: ignore[operator]  # a property to mypy
+        spark.client.set_retry_policies([])
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     if embedded and threading.current_thread() is threading.main_thread():
         # Once it has answered, the server has put its own end on Ctrl-C; give it back to Python.

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
-from world import Checkout
+from world import ROOT, Checkout
 
 from pipelines import stage
 from pipelines.ingest import featurize, fetch, load, validate
@@ -117,3 +118,25 @@ def test_every_engine_gives_the_same_bytes(checkout: Checkout, tmp_path: Path) -
         with engine(place) as url:
             checkout.set(engine=url)
             assert _made(checkout) == embedded, engine.__name__
+
+
+HELD = """
+from pipelines import engine
+with engine.session("local[1]") as spark:
+    print(spark.range(3).count(), flush=True)
+    input()
+"""
+
+
+@pytest.mark.jvm
+@pytest.mark.skipif(not JAVA, reason="Spark on the JVM needs Java")
+def test_two_stages_of_one_machine_start_a_jvm_each() -> None:
+    command = [sys.executable, "-c", HELD]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    held = [subprocess.Popen(command, text=True, cwd=ROOT, **pipes) for _ in range(2)]
+    try:
+        # Both answer before either ends.
+        assert [process.stdout.readline() for process in held] == ["3\n", "3\n"]
+    finally:
+        for process in held:
+            process.communicate("\n", PATIENCE)
