@@ -331,6 +331,7 @@ def _added(one: Observation, more: Observation) -> Observation:
     return Observation(
         one.requests + more.requests,
         one.errors + more.errors,
+        one.refusals + more.refusals,
         {bound: n + more.latency.get(bound, 0) for bound, n in one.latency.items()},
         tuple(a + b for a, b in zip(one.predictions, more.predictions, strict=True)),
         one.memory_bytes,

@@ -279,6 +279,7 @@ class Capture(_Block):
     folder: str
     rows: Positive
     seconds: Positive
+    retention_days: Positive
 
 
 class Serve(_Block):

@@ -28,6 +28,7 @@ TEMPLATES = Path(__file__).parent.parent.parent / "infra" / "envoy"
 TYPES = "type.googleapis.com/envoy.config"
 # What is for callers. The rest of a replica, such as /metrics, is for who runs it, at its own port.
 ASKED = r"/predict|/v2/models/[^/]+(/versions/[^/]+)?/infer"
+PINNED = r"/v2/models/[^/]+/versions/{}/infer"
 TOLD = r"/openapi\.json|/v2(/.*)?"
 # A cluster counts predictions alone: the champion tells of itself through another, to the same
 # replicas.
@@ -36,11 +37,14 @@ TELLING = "-telling"
 
 @dataclass(frozen=True)
 class Way:
-    """A share of the requests: the cluster that answers, and the one that gets a copy."""
+    """A share of the requests: the cluster that answers, and the one that gets a copy. Those that
+    name its version are no part of it: they go there, all of them, and only there.
+    """
 
     percent: int
     cluster: str
     copy: str | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,17 @@ def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
     """Write the ways, whose percents sum to 100, the champion's last. Returns the version, as
     `clusters` does.
     """
-    made, left = [], 100
+    whole = 1_000_000
+    # Of a challenger without a share callers see nothing; the champion answers whoever names it.
+    made = [
+        _render("route", traffic, name=way.cluster, share=whole, paths=PINNED.format(way.version))
+        for way in ways
+        if way.version is not None and (way.percent or way is ways[-1])
+    ]
+    left = 100
     for way in ways:
         # Each route sees what those before it left.
-        share = round(1_000_000 * way.percent / left) if left else 0
+        share = round(whole * way.percent / left) if left else 0
         left -= way.percent
         route = _render("route", traffic, name=way.cluster, share=share, paths=ASKED)
         if way.copy is not None:
@@ -105,7 +116,7 @@ def routes(folder: Path, traffic: Traffic, ways: list[Way]) -> str:
         made.append(route)
     if ways:
         champion = ways[-1].cluster + TELLING
-        made.append(_render("route", traffic, name=champion, share=1_000_000, paths=TOLD))
+        made.append(_render("route", traffic, name=champion, share=whole, paths=TOLD))
     # Until there is a way no path is a wrong one.
     rest = {"match": {"prefix": "/"}, "direct_response": {"status": 404 if ways else 503}}
     host = {"name": "all", "domains": ["*"], "routes": [*made, rest]}

@@ -16,12 +16,13 @@ from pipelines.deploy.bets import Bet, Looks, Pairs, Share
 from pipelines.deploy.targets import Observation, Slot
 from pipelines.params import Release as Limits
 
-KINDS = ("errors", "latency", "predictions", "disagreement", "labels")
+KINDS = ("errors", "refusals", "latency", "predictions", "disagreement", "labels")
 BINS = 20
 # The prediction's distribution moved if more of it than tolerated lies on one side of any cut: the
 # distance of Kolmogorov and Smirnov, as two bets per cut.
 SIDES = [(side, cut) for cut in range(1, BINS) for side in ("below", "above")]
-# The bound of "slow" is known once the champion gave so many answers; this share is slower.
+# The bound of "slow" is known once the champion gave so many answers, those since the release began
+# if they are as many; this share is slower.
 KNOWN, SLOW = 100, 0.05
 # Fewer pairs of answers than these could not show that a challenger contradicts the champion.
 PAIRS = 10
@@ -39,6 +40,7 @@ class Case:
     last: Seen
     bound: float | None = None
     errors: Pairs = field(default_factory=Pairs)
+    refusals: Pairs = field(default_factory=Pairs)
     latency: Looks = field(default_factory=Looks)
     predictions: tuple[Pairs, ...] = field(default=(Pairs(),) * len(SIDES))
     disagreement: Bet = field(default_factory=Bet)
@@ -92,6 +94,8 @@ def hear(
     new = {slot: since(case.last.get(slot), seen[slot]) for slot in seen}
     chance = np.random.default_rng(case.turn)
     errors = {slot: Share(min(one.errors, one.requests), one.requests) for slot, one in new.items()}
+    refusals = {slot: Share(one.refusals, one.refusals + one.requests) for slot, one in new.items()}
+    first = {slot: case.first.get(slot, seen[slot]) for slot in seen}
     predictions = tuple(
         pairs.after(
             {slot: _beyond(one, side) for slot, one in new.items()}, allowed.predictions, chance
@@ -104,11 +108,12 @@ def hear(
         latency = latency.after(slow, allowed.latency)
     return replace(
         case,
-        first={slot: case.first.get(slot, seen[slot]) for slot in seen},
+        first=first,
         last=seen,
-        # From the champion's past alone, and then for good: a bet is placed before its outcome.
-        bound=case.bound or _bound(seen["champion"]),
+        # From the champion's past alone, for the looks to come: a bet is placed before its outcome.
+        bound=_bound(since(first["champion"], seen["champion"])) or _bound(seen["champion"]),
         errors=case.errors.after(errors, allowed.errors, chance),
+        refusals=case.refusals.after(refusals, allowed.errors, chance),
         latency=latency,
         predictions=predictions,
         answers=case.answers + new["challenger"].requests - errors["challenger"].marked,
@@ -123,6 +128,7 @@ def since(before: Observation | None, now: Observation) -> Observation:
         now,
         requests=now.requests - before.requests,
         errors=max(now.errors - before.errors, 0),
+        refusals=max(now.refusals - before.refusals, 0),
         latency={bound: n - before.latency.get(bound, 0) for bound, n in now.latency.items()},
         predictions=tuple(b - a for a, b in zip(before.predictions, now.predictions, strict=True)),
     )
@@ -178,6 +184,8 @@ def faults(case: Case, limits: Limits) -> list[str]:
     found = []
     if case.errors.bet.log >= needed:
         found.append(f"errors: {case.errors.says()}")
+    if case.refusals.bet.log >= needed:
+        found.append(f"refusals of what the contract should take: {case.refusals.says()}")
     if case.latency.bet.log >= needed:
         found.append(f"slower than {case.bound or 0:.3g} s: {case.latency.says()}")
     for (side, cut), pairs in zip(SIDES, case.predictions, strict=True):

@@ -2,8 +2,8 @@
 
 in:   the shelf of serve.capture, where both slots keep the same requests under their ids; the shelf
       of release.labels: Parquet files with request_id, row and label (0 or 1)
-out:  distances of two answers to one request, and differences of log loss, each once; means over
-      its rows, since rows of one request are alike
+out:  distances of two answers to what was asked, each body once; and differences of log loss, each
+      label once; means over the rows of a request, since they are alike
 
 What cannot be read is no reason to roll back: it is said once, and read again at the next look.
 """
@@ -39,6 +39,8 @@ class Mirrored:
     said: set[str] = field(default_factory=set)
     answers: defaultdict[str, dict[Asked, float]] = field(default_factory=lambda: defaultdict(dict))
     compared: set[Asked] = field(default_factory=set)
+    # The bodies of what was compared: said again, they say nothing new.
+    bodies: set[str] = field(default_factory=set)
     judged: set[Asked] = field(default_factory=set)
     known: dict[Row, int] = field(default_factory=dict)
 
@@ -58,7 +60,12 @@ class Mirrored:
         self.compared |= fresh
         told = {asked for asked in self.compared - self.judged if asked[:2] in self.known}
         self.judged |= told
-        distances = {asked: abs(ours[asked] - theirs[asked]) for asked in fresh}
+        distances = {
+            ("", row, body): abs(ours[one, row, body] - theirs[one, row, body])
+            for one, row, body in sorted(fresh)
+            if body not in self.bodies
+        }
+        self.bodies.update(body for *_, body in fresh)
         losses = {
             asked: _loss(ours[asked], self.known[asked[:2]])
             - _loss(theirs[asked], self.known[asked[:2]])

@@ -12,6 +12,7 @@ the champion all traffic where nobody says for a while that the challenger may h
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -301,6 +302,12 @@ class Controller:
             print(f"  {share:>6}  {line['event']} {line.get('reason', '')}".rstrip())
 
 
+def interrupt(*_: object) -> None:
+    """Ctrl-C, once: what it begins, the way back to the champion, comes to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Exit status: 0, 2 where the challenger was rolled back or there is none, else 1."""
     parser = argparse.ArgumentParser(
@@ -310,6 +317,7 @@ def main() -> int:
     )
     parser.add_argument("--shadow", action="store_true", help="mirror and judge, shift nothing")
     shadow = parser.parse_args().shadow
+    signal.signal(signal.SIGINT, interrupt)
     return stage.guarded("release", lambda params: run(params, targets.of(params), shadow))
 
 

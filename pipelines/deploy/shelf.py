@@ -48,6 +48,15 @@ class Shelf:
         keys = [one["Key"] for one in listed]
         return [key.removeprefix(self.prefix) for key in keys if key.endswith(".parquet")]
 
+    def remove(self, name: str) -> None:
+        """Nothing where somebody else did."""
+        if not self.bucket:
+            (self.folder / name).unlink(missing_ok=True)
+            return
+        key = self.prefix + name
+        with s3.saying(f"s3://{self.bucket}/{key} cannot be removed"):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
     def rows(self, name: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """The values of these columns, row by row."""
         source: Any = self.folder / name

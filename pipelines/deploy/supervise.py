@@ -182,11 +182,11 @@ class Supervisor:
             return []
         asked = self.wanted.percent or self.wanted.shadow
         if challenger is None or not asked or not self.groups[challenger.name].ready:
-            return [Way(100, champion.name)]
+            return [Way(100, champion.name, version=champion.version)]
         copies = (champion.name, challenger.name) if self.wanted.shadow else (None, None)
         return [
-            Way(self.wanted.percent, challenger.name, copies[0]),
-            Way(100 - self.wanted.percent, champion.name, copies[1]),
+            Way(self.wanted.percent, challenger.name, copies[0], challenger.version),
+            Way(100 - self.wanted.percent, champion.name, copies[1], champion.version),
         ]
 
     def _routed(self, name: str) -> bool:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -65,8 +66,7 @@ def begin(params: Params, target: Local) -> None:
 def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
     """How to ask, once there is somebody to ask."""
     stage.say("up", "starting, a few seconds")
-    # What the supervisor before this one reported says nothing.
-    while serving.status(serving.FOLDER).pid != os.getpid() or not target.healthy("champion"):
+    while not _answers(target):
         if supervisor.over.wait(TICK):
             return
     champion = serving.desired(serving.FOLDER).champion
@@ -88,6 +88,13 @@ def _tell(params: Params, target: Local, supervisor: Supervisor) -> None:
         f"  logs     {serving.FOLDER}/logs\n\n  Ctrl-C stops all of it.",
         flush=True,
     )
+
+
+def _answers(target: Local) -> bool:
+    with suppress(Exception):  # what cannot be read, the supervisor says
+        # What the supervisor before this one reported says nothing.
+        return serving.status(serving.FOLDER).pid == os.getpid() and target.healthy("champion")
+    return False
 
 
 def _example(folder: Path) -> str:

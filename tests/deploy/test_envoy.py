@@ -107,6 +107,26 @@ def test_a_share_and_a_copy(proxy: Proxy) -> None:
     assert proxy.admin.counted("two").broken == 0
 
 
+def test_who_names_a_version_is_answered_by_it_alone(proxy: Proxy) -> None:
+    one, two = Replica(200), Replica(201)
+    pinned = "/v2/models/flights/versions/{}/infer".format
+    clusters = {"one": [one], "two": [two]}
+    proxy.routes(clusters, [Way(5, "two", "one", 2), Way(95, "one", "two", 1)])
+    assert {proxy.ask(pinned(1)) for _ in range(20)} == {200}
+    assert {proxy.ask(pinned(2)) for _ in range(20)} == {201}
+    assert (one.asked, two.asked) == (20, 20)
+    # Without a share callers see nothing of it.
+    proxy.routes(clusters, [Way(0, "two", None, 2), Way(100, "one", None, 1)])
+    assert {proxy.ask(pinned(2)) for _ in range(20)} == {200}
+
+
+def test_another_protocol_is_refused_in_one_line(proxy: Proxy) -> None:
+    proxy.routes({"c": [Replica(200)]}, [Way(100, "c")])
+    answer = proxy.answer("/predict", connection="upgrade", upgrade="websocket")
+    assert answer.status == 403
+    assert json.loads(answer.read()) == {"error": "another protocol than HTTP is not spoken here"}
+
+
 @pytest.mark.parametrize("status", [0, 503])
 def test_what_nobody_answered_is_tried_again(proxy: Proxy, status: int) -> None:
     """A broken connection, and the 503 of a replica that drains."""

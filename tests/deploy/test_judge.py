@@ -40,6 +40,7 @@ class Slots:
         self,
         answers: int,
         errors: float = 0.002,
+        refusals: float = 0.0,
         slower: float = 0.0,
         predict: Any = lambda values: values,
         memory: int = 0,
@@ -50,17 +51,21 @@ class Slots:
         bins = np.histogram(values, judge.BINS, (0, 1))[0]
         latency = {bound: int((seconds <= bound).sum()) for bound in BOUNDS}
         failed = int(self.random.binomial(answers, errors))
-        return Observation(answers, failed, latency, tuple(bins.tolist()), memory, restarts)
+        refused = int(self.random.binomial(answers, refusals))
+        return Observation(
+            answers, failed, refused, latency, tuple(bins.tolist()), memory, restarts
+        )
 
 
 def _nothing() -> Observation:
-    return Observation(0, 0, dict.fromkeys(BOUNDS, 0), (0,) * judge.BINS, 100_000_000, 0)
+    return Observation(0, 0, 0, dict.fromkeys(BOUNDS, 0), (0,) * judge.BINS, 100_000_000, 0)
 
 
 def _sum(one: Observation, two: Observation) -> Observation:
     return Observation(
         one.requests + two.requests,
         one.errors + two.errors,
+        one.refusals + two.refusals,
         {bound: one.latency[bound] + two.latency[bound] for bound in BOUNDS},
         tuple(a + b for a, b in zip(one.predictions, two.predictions, strict=True)),
         one.memory_bytes + two.memory_bytes,
@@ -209,6 +214,34 @@ def test_refusals_alone_are_no_answers(limits: Release) -> None:
     assert (case.answers, judge.faults(case, limits)) == (0, [])
     assert _after(case, limits, 30).kind == "undecided"
     assert "no traffic" in _after(case, limits, limits.limit_seconds).reason
+
+
+def test_what_callers_do_wrong_hides_no_fault(limits: Release) -> None:
+    """Half of the requests break the contract, whoever is asked."""
+    slots = Slots(1, errors=0.05, refusals=0.5)
+    slots.ways["champion"]["refusals"] = 0.5
+    assert _alarm(slots, limits, 60, champion=100) is not None
+    slots.ways["challenger"]["errors"] = 0.002
+    assert _alarm(slots, limits, 60) is None
+
+
+def test_a_contract_that_refuses_too_much_is_a_fault(limits: Release) -> None:
+    slots = Slots(1, refusals=0.1)
+    case = judge.begin(slots.look({"champion": 200, "challenger": 0}))
+    for _ in range(15):
+        case = judge.hear(case, slots.look({"champion": 50, "challenger": 50}), limits)
+    assert judge.faults(case, limits)[0].startswith("refusals of what the contract should take")
+
+
+def test_an_hour_of_slowness_before_the_release_excuses_nothing(limits: Release) -> None:
+    slots = Slots(1, slower=0.05)
+    slots.ways["champion"]["slower"] = 0.2
+    begun = slots.look({"champion": 100_000, "challenger": 0})
+    slots.ways["champion"]["slower"] = 0.0
+    case = judge.begin(begun)
+    for _ in range(30):
+        case = judge.hear(case, slots.look({"champion": 50, "challenger": 50}), limits)
+    assert judge.faults(case, limits)[0].startswith("slower than ")
 
 
 def test_where_answers_are_paired_none_is_good_without_pairs(limits: Release) -> None:

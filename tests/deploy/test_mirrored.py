@@ -17,13 +17,13 @@ CHAMPION, CHALLENGER = "a" * 64, "b" * 64
 
 
 def _capture(
-    shelf: Shelf, digest: str, answers: dict[str, float | None], body: str = "same", clock: int = 0
+    shelf: Shelf, digest: str, answers: dict[str, float | None], body: str = "", clock: int = 0
 ) -> None:
     table = pa.table(
         {
             "request_id": list(answers),
             "row": pa.array([0] * len(answers), pa.int32()),
-            "body": [body] * len(answers),
+            "body": [body or one for one in answers],
             PREDICTION: pa.array(list(answers.values()), pa.float32()),
         }
     )
@@ -87,6 +87,15 @@ def test_an_id_that_was_used_twice_pairs_the_same_question(mirrored: Mirrored) -
     assert mirrored.look() == ([], [])
     _capture(mirrored.captures, CHALLENGER, {"one": 0.2}, body="a")
     assert mirrored.look() == ([0.0], [])
+
+
+def test_a_question_that_was_answered_says_nothing_new(mirrored: Mirrored) -> None:
+    for digest, answer in ((CHAMPION, 0.2), (CHALLENGER, 0.6)):
+        _capture(mirrored.captures, digest, {"one": answer, "two": answer}, body="a")
+    assert mirrored.look() == ([pytest.approx(0.4)], [])
+    for digest, answer in ((CHAMPION, 0.2), (CHALLENGER, 0.6)):
+        _capture(mirrored.captures, digest, {"three": answer}, body="a")
+    assert mirrored.look() == ([], [])
 
 
 def _cut(shelf: Shelf, name: str) -> None:

@@ -57,7 +57,7 @@ class Pretended:
         self._called(f"start {slot}")
         if self.slots.get(slot) != release.digest:
             self.slots[slot] = release.digest
-            self.seen[slot] = Observation(0, 0, {0.01: 0, 1.0: 0}, (0,) * 20, 10**8, 0)
+            self.seen[slot] = Observation(0, 0, 0, {0.01: 0, 1.0: 0}, (0,) * 20, 10**8, 0)
 
     def healthy(self, slot: Slot) -> bool:
         return slot in self.slots
@@ -260,6 +260,26 @@ def test_without_pairs_to_compare_no_release_is_begun(held: Registry, checkout: 
     checkout.set(release={"target": "local", "limit_seconds": 1})
     with pytest.raises(UserError, match="0 pairs so far; expected 10 pairs"):
         release.run(checkout.params(), target)
+
+
+def test_ctrl_c_again_does_not_interrupt_the_way_back(held: Registry, checkout: Checkout) -> None:
+    class Impatient(Pretended):
+        def roll_back(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            super().roll_back()
+
+    def interrupted(call: str) -> None:
+        if call == "shift 20":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, release.interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            release.run(checkout.params(), Impatient(meanwhile=interrupted))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    record = stage.read_json(release.RECORD)
+    assert (record["outcome"], record["trail"][-1]["reason"]) == ("rolled back", "interrupted")
 
 
 def test_an_interrupted_release_leaves_its_own_record(held: Registry, checkout: Checkout) -> None:

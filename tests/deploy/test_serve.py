@@ -3,6 +3,7 @@ the model's place where the model faults.
 """
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,25 @@ def test_the_protocols_other_routes(replica: Replica) -> None:
         ("y", "FP32"),
     ]
     assert replica.get("/v2/models/flights").json == found
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/health/ready", "/openapi.json", "/metrics"])
+def test_what_is_told_has_a_head(replica: Replica, path: str) -> None:
+    told = urllib.request.Request(f"http://127.0.0.1:{replica.port}{path}", method="HEAD")
+    with urllib.request.urlopen(told) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+        assert int(answer.headers["content-length"]) > 0
+
+
+def test_a_request_said_again_is_no_second_proof(replica: Replica) -> None:
+    def firsts() -> float:
+        return replica.metric("headrace_first_predictions_bucket", le="+Inf")
+
+    before = firsts()
+    for _ in range(3):
+        for x in (0.125, 0.25):
+            assert replica.post("/predict", ROW | {"x": x}).status == 200
+    assert firsts() == before + 2
     asked = {"id": "42", "inputs": _tensors(bundles.rows(3), [3]), "parameters": {"any": 1}}
     answer = replica.post("/v2/models/flights/versions/7/infer", asked).json
     assert (answer["id"], answer["model_name"], answer["model_version"]) == ("42", "flights", "7")

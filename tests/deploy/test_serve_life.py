@@ -22,7 +22,9 @@ from world import ROOT
 
 from pipelines import bundle, signing, stage, tables
 from pipelines.deploy.serve import routes
+from pipelines.deploy.serve.capture import Capture
 from pipelines.deploy.serve.keys import Key, Keys
+from pipelines.deploy.serve.metrics import Metrics
 from pipelines.deploy.serve.model import Holder, Named
 from pipelines.deploy.serve.refusal import Refusal
 from pipelines.deploy.serve.service import Service
@@ -277,6 +279,22 @@ def test_a_fault_of_the_service_is_counted_and_shows_nothing(
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.json()) == (500, {"error": "a fault of the service"})
     assert service.metrics.requests["predict", "500"] == 1
+
+
+def test_old_captures_are_removed(tmp_path: Path, params: Params) -> None:
+    settings = params.serve.capture.model_copy(update={"folder": str(tmp_path)})
+    day, now = 86400 * 10**9, time.time_ns()
+    kept = f"{now - (settings.retention_days - 1) * day}-1-a-b.parquet"
+    for name in (kept, f"{now - (settings.retention_days + 1) * day}-1-a-b.parquet"):
+        (tmp_path / name).touch()
+
+    async def live() -> None:
+        capture = Capture(settings, Metrics(lambda: ("", 1)))
+        capture.end()
+        await capture.run()
+
+    asyncio.run(live())
+    assert [file.name for file in tmp_path.iterdir()] == [kept]
 
 
 def test_what_is_captured_as_a_replica_ends_is_written_too(

@@ -4,8 +4,8 @@
     python current/run.py update SOURCE    SOURCE: the folder or URL of the channel
 
 The folder above holds signing.pub (whom to believe), device (its name), current (a link into
-releases/) and answered.jsonl. Nothing is opened but what the signed channel names by its hash. An
-update is whole or absent, brings only what is not here as signed, and never an older channel.
+releases/) and answered.jsonl, begun anew at 100 MB. Nothing is opened but what the signed channel
+names by its hash. An update is whole or absent, takes what it lacks, and never an older channel.
 """
 
 import base64
@@ -52,9 +52,8 @@ def verifies(key, message, signature):
     """Whether the 64 bytes are the key's signature on the message."""
     base = point((4 * pow(5, -1, P) % P).to_bytes(32, "little"))
     number = int.from_bytes(signature[32:64], "little")
-    hashed = hashlib.sha512(signature[:32] + key + message).digest()
-    challenge = -int.from_bytes(hashed, "little") % ORDER
-    x, y = add(times(number, base), times(challenge, point(key)))
+    hashed = int.from_bytes(hashlib.sha512(signature[:32] + key + message).digest(), "little")
+    x, y = add(times(number, base), times(-hashed % ORDER, point(key)))
     same = (y | (x & 1) << 255).to_bytes(32, "little") == signature[:32]
     return same and len(signature) == 64 and number < ORDER
 
@@ -174,7 +173,8 @@ def score(root, lines):
         found = answer(release, slot, rows)
         note = {"bundle": slot["bundle"], "seconds": time.perf_counter() - begun}
         note["memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        with (root / "answered.jsonl").open("a") as file:  # a line cut by a full disk stays alone
+        log = root / "answered.jsonl"  # a line of it that is cut by a full disk stays alone
+        with log.open("a" if not log.exists() or log.stat().st_size < 10**8 else "w") as file:
             file.write("\n" + json.dumps(note | {"predictions": found}))
     if None in found:
         raise ValueError("the model gave no probability")

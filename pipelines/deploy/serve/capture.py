@@ -3,7 +3,7 @@
 A request is kept by the hash of its id and body, so that champion and challenger keep the same ones
 of the mirrored. A file is put on the shelf of `serve.capture.folder`, whole, off the event loop,
 every so many rows or seconds, and when the replica ends. What cannot be written is dropped and
-counted: no request ever waits or fails for it.
+counted: no request ever waits or fails for it. Files older than retention_days are removed.
 
     request_id, row     which request, and which row of it
     body                a hash of the request's body: a caller may use an id twice
@@ -39,6 +39,7 @@ from pipelines.params import Capture as Settings
 log = logging.getLogger("headrace")
 # So many files' worth of rows may wait for the disk.
 WAITING = 4
+SWEEP = 3600.0  # seconds between two looks for what is old
 
 
 def share_of(request_id: str, body: bytes) -> float:
@@ -72,6 +73,7 @@ class Capture:
         self.rows = 0
         self.enough = asyncio.Event()
         self.over = False
+        self.swept = -SWEEP
 
     def keep(self, kept: Kept) -> None:
         rows = kept.columns.rows
@@ -91,6 +93,9 @@ class Capture:
                 await asyncio.wait_for(self.enough.wait(), self.settings.seconds)
             last = self.over
             await self._flush()
+            if time.monotonic() > self.swept + SWEEP:
+                self.swept = time.monotonic()
+                await asyncio.to_thread(self._sweep)
 
     def end(self) -> None:
         self.over = True
@@ -113,6 +118,17 @@ class Capture:
                 self.metrics.captured["dropped"] += rows
                 fields = {"rows": rows, "fault": stage.one_line(error)}
                 log.error("capture dropped", extra={"fields": fields})
+
+    def _sweep(self) -> None:
+        """Remove what is older than retention_days; a name begins with its time."""
+        oldest = time.time_ns() - self.settings.retention_days * 86400 * 10**9
+        try:
+            for name in self.shelf.names():
+                if int(name.partition("-")[0]) < oldest:
+                    self.shelf.remove(name)
+        except Exception as error:  # of a disk, or of the way to a bucket
+            fields = {"fault": stage.one_line(error)}
+            log.error("old captures are not removed", extra={"fields": fields})
 
     def _put(self, name: str, group: list[Kept]) -> None:
         self.shelf.put(name, table(group))

@@ -10,14 +10,16 @@ own types, with a lock each, would cost more than the model.
     headrace_request_seconds                from the whole body to the answer, of answers only
     headrace_rows_total, headrace_missing_total{column}
     headrace_predictions                    20 equal bins of [0, 1]; not of fallbacks
-    headrace_first_predictions              the same of each answer's first row alone: rows of one
-                                            request are alike, and a judgement takes none for many
+    headrace_first_predictions              the same of the first row of each body that is not one
+                                            of the last RECENT: what is alike is no proof twice,
+                                            neither rows of one request nor a request said again
     headrace_bundle_info{bundle,version}
     headrace_reloads_total{result}          taken or refused
     headrace_capture_rows_total{result}     written or dropped
     process_*                               memory, processor time, files, start
 """
 
+import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -35,6 +37,7 @@ from prometheus_client.core import (
 from pipelines.deploy.serve.contract import Columns, Contract
 
 BINS = 20
+RECENT = 1000
 SECONDS = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15,
     0.25, 0.5, 1.0, 2.5,
@@ -56,6 +59,8 @@ class Metrics:
         self.seconds_sum = 0.0
         self.predictions = [0] * BINS
         self.predictions_sum = 0.0
+        # Checksums of the last bodies, in order.
+        self.recent: dict[int, None] = {}
         self.firsts = [0] * BINS
         self.firsts_sum = 0.0
         self.registry = CollectorRegistry()
@@ -66,7 +71,12 @@ class Metrics:
         self.requests[route, str(status)] += 1
 
     def answered(
-        self, route: str, seconds: float, answer: npt.NDArray[np.float32], fallback: bool
+        self,
+        route: str,
+        body: bytes,
+        seconds: float,
+        answer: npt.NDArray[np.float32],
+        fallback: bool,
     ) -> None:
         self.requests[route, "fallback" if fallback else "200"] += 1
         self.seconds[bisect_left(SECONDS, seconds)] += 1
@@ -78,8 +88,19 @@ class Metrics:
         for value in values:
             self.predictions[min(int(value * BINS), BINS - 1)] += 1
             self.predictions_sum += value
-        self.firsts[min(int(values[0] * BINS), BINS - 1)] += 1
-        self.firsts_sum += values[0]
+        if self._new(body):
+            self.firsts[min(int(values[0] * BINS), BINS - 1)] += 1
+            self.firsts_sum += values[0]
+
+    def _new(self, body: bytes) -> bool:
+        """Whether it is none of the last bodies; it is one of them now."""
+        checksum = zlib.crc32(body)
+        known = checksum in self.recent
+        self.recent.pop(checksum, None)
+        self.recent[checksum] = None
+        if len(self.recent) > RECENT:
+            del self.recent[next(iter(self.recent))]
+        return not known
 
     def asked(self, contract: Contract, columns: Columns) -> None:
         self.rows += columns.rows

@@ -109,7 +109,10 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self.app
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # uvicorn knows what was asked, and sends no body.
+            scope = {**scope, "method": "GET"}
+        elif scope["type"] == "http" and scope["method"] == "POST":
             app = self.direct.get(scope["path"], app)
         await app(scope, receive, send)
 

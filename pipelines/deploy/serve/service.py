@@ -83,7 +83,7 @@ class Service:
             content = write(model, answer, by, given_id)
             seconds = time.perf_counter() - begun
             self.metrics.asked(model.contract, columns)
-            self.metrics.answered(route, seconds, answer, by is not None)
+            self.metrics.answered(route, body, seconds, answer, by is not None)
             share = share_of(request_id, body)
             if share < self.params.capture.share:
                 kept = Kept(request_id, digest_of(body), time.time(), model, columns, answer, by)

@@ -46,14 +46,16 @@ class Release:
 class Observation:
     """What a slot answered since it started; every number only grows, but the memory.
 
-    `requests` are those for predictions, without what was refused for the caller's own fault; an
-    answer that is no probability is an error. `latency` counts answers by upper bound in seconds,
-    each including the smaller ones; `predictions` counts them in equal bins of [0, 1].
+    `requests` are those for predictions, without what was refused; an answer that is no probability
+    is an error. `refusals` are of what breaks the contract, which may be the contract's fault;
+    others are the caller's. `latency` counts answers by upper bound in seconds, each including the
+    smaller ones; `predictions` counts them in equal bins of [0, 1].
     `memory_bytes` is of the largest replica.
     """
 
     requests: int
     errors: int
+    refusals: int
     latency: dict[float, int]
     predictions: tuple[int, ...]
     memory_bytes: int
@@ -74,7 +76,9 @@ class Target(Protocol):
         """Serve the release in the slot; returns once asked, before it is ready."""
 
     def healthy(self, slot: Slot) -> bool:
-        """Whether all of the slot answers, with the bundle that was started."""
+        """Whether all of the slot answers, with the bundle that was started. Raises UserError with
+        the reason where it is known that it will not.
+        """
 
     def shift(self, percent: int, shadow: bool = False) -> None:
         """Give the challenger this share of the traffic; with `shadow`, a copy of the champion's
@@ -105,7 +109,7 @@ def start(target: Target, held: "Registry", slot: Slot, version: int) -> str:
 def serve(target: Target, held: "Registry", slot: Slot, version: int) -> str:
     """Start a version, and wait until it answers in the slot. Returns its hash.
 
-    Raises UserError where it does not within READY seconds.
+    Raises UserError where it does not within READY seconds, or is known not to.
     """
     digest = start(target, held, slot, version)
     begun = time.monotonic()

@@ -50,6 +50,7 @@ def observation(found: list[dict[str, Any]], restarts: int = 0) -> Observation |
     return Observation(
         requests=requests,
         errors=errors,
+        refusals=0,
         latency=latency,
         predictions=tuple(bins),
         memory_bytes=max(note["memory_bytes"] for note in found),

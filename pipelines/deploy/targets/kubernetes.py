@@ -173,7 +173,18 @@ class Kubernetes:
             if shadow:
                 mirror = {"backendRef": self._backend("challenger")}
                 rule["filters"] = [{"type": "RequestMirror", "requestMirror": mirror}]
+        # A version that is named has no share; a challenger without one is seen by nobody.
+        for slot in ("champion", "challenger") if percent else ("champion",):
+            model, version = self.params.dataset.name, self._version(slot)
+            path = {"type": "Exact", "value": f"/v2/models/{model}/versions/{version}/infer"}
+            pinned = {"matches": [{"path": path}], "backendRefs": [self._backend(slot)]}
+            route["spec"]["rules"].append(pinned | {"timeouts": rule["timeouts"]})
         self._apply(route)
+
+    def _version(self, slot: str) -> str:
+        held = self._get("Deployment", f"{self.model}-{self._track(slot)}")
+        annotations = held["spec"]["template"]["metadata"]["annotations"] if held else {}
+        return str(annotations.get("headrace/version", ""))
 
     def _backend(self, slot: str) -> Object:
         return {"name": f"{self.model}-{slot}", "port": 8080}

@@ -67,7 +67,10 @@ class Local:
 
     def healthy(self, slot: Slot) -> bool:
         told = serving.desired(self.folder).slots().get(slot)
-        found = serving.status(self.folder).slots.get(slot)
+        now = serving.status(self.folder)
+        if told is not None and told.name in now.trouble:
+            raise UserError(f"the {slot} does not start: {now.trouble[told.name]}")
+        found = now.slots.get(slot)
         if told is None or found is None or found.name != told.name:
             return False
         return found.whole and found.digests == [told.digest]

@@ -20,6 +20,7 @@ class Page:
     requests: int
     errors: int
     broken: int
+    refusals: int
     latency: dict[float, int]
     predictions: tuple[int, ...]
     memory_bytes: int
@@ -47,13 +48,13 @@ def page(text: str) -> Page:
             case "process_resident_memory_bytes":
                 memory = int(value)
     broken = sum(count for status, count in statuses.items() if status.startswith("5"))
-    # What the contract refuses may be the contract's fault. Other refusals are the caller's.
-    errors = broken + statuses["fallback"] + statuses["422"]
+    errors = broken + statuses["fallback"]
     return Page(
         digest=digest,
         requests=errors + statuses["200"],
         errors=errors,
         broken=broken,
+        refusals=statuses["422"],
         latency=latency,
         predictions=_bins(below),
         memory_bytes=memory,
@@ -80,6 +81,7 @@ def observation(pages: Iterable[Page], alive: Iterable[Page], restarts: int) -> 
     return Observation(
         requests=sum(one.requests for one in pages),
         errors=sum(one.errors for one in pages),
+        refusals=sum(one.refusals for one in pages),
         latency=dict(latency),
         predictions=tuple(map(sum, bins)),
         # How many there are for the moment says nothing of a leak.

@@ -155,7 +155,7 @@ class Cluster:
         if not pods:
             return "no endpoint"
         pod = random.choice(pods)
-        pod.metrics.answered("predict", 0.002, np.array([0.3], np.float32), False)
+        pod.metrics.answered("predict", b"", 0.002, np.array([0.3], np.float32), False)
         return pod.digest
 
 

@@ -94,7 +94,7 @@ def test_a_route_is_what_the_gateway_api_takes(objects: list[dict[str, Any]]) ->
     """Its weights and mirror, by the fields of gateway.networking.k8s.io/v1."""
     (route,) = (one for one in objects if one["kind"] == "HTTPRoute")
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
-    (rule,) = route["spec"]["rules"]
+    rule, *pinned = route["spec"]["rules"]
     # Not /metrics.
     assert [one["path"]["value"] for one in rule["matches"]] == ["/predict", "/openapi.json", "/v2"]
     assert rule["backendRefs"] == [
@@ -104,6 +104,18 @@ def test_a_route_is_what_the_gateway_api_takes(objects: list[dict[str, Any]]) ->
     copy = {"backendRef": {"name": "flights-challenger", "port": 8080}}
     assert rule["filters"] == [{"type": "RequestMirror", "requestMirror": copy}]
     assert rule["timeouts"] == {"request": "5s"}
+    # Who names a version is answered by it.
+    assert [
+        (one["matches"][0]["path"], one["backendRefs"][0]["name"], one["timeouts"])
+        for one in pinned
+    ] == [
+        (
+            {"type": "Exact", "value": f"/v2/models/flights/versions/{version}/infer"},
+            f"flights-{slot}",
+            {"request": "5s"},
+        )
+        for version, slot in ((1, "champion"), (2, "challenger"))
+    ]
 
 
 def test_no_container_may_do_more_than_it_needs(objects: list[dict[str, Any]]) -> None:
