@@ -40,7 +40,7 @@ MINUTES = 5
 RATE = 100.0  # requests a second
 KILL_EVERY = 20.0
 RESTARTS = 20
-ROWS = 500
+ROWS = 5000
 # So many real looks at two slots that are alike, from which releases are drawn.
 LOOKS, DRAWN, LIVE = 120, 20, 20
 Change = Callable[[ModelProto], None]

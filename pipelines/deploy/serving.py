@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import stage
 from pipelines.deploy.targets import Observation, Slot
+from pipelines.errors import UserError
 
 FOLDER = stage.STATE / "serving"
 # Held by the supervisor as long as it lives: what it reports may be late.
@@ -102,14 +103,20 @@ class Status:
 
 
 def desired(folder: Path) -> Desired:
-    """What should be; nothing where nobody said so yet."""
+    """What should be; nothing where nobody said so yet. Raises UserError where it was damaged."""
     path = folder / "desired.json"
     if not path.is_file():
         return Desired()
-    values = stage.read_json(path)
-    for slot in ("champion", "challenger"):
-        values[slot] = Started(**values[slot]) if values[slot] else None
-    return Desired(**values)
+    try:
+        values = stage.read_json(path)
+        for slot in ("champion", "challenger"):
+            values[slot] = Started(**values[slot]) if values[slot] else None
+        return Desired(**values)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} does not say what should be served: {error}; remove it while nothing is "
+            "served, and make serve begins with the champion"
+        ) from None
 
 
 def change(folder: Path, turn: Callable[[Desired], Desired]) -> None:

@@ -261,6 +261,9 @@ def test_what_ends_again_and_again_is_told(
         until(lambda: serving.status(supervisor.folder).trouble)
         told = serving.status(supervisor.folder).trouble["release-1"]
         assert told.startswith("release-1 ends again and again: no such model (")
+        # Who waits for it waits no longer.
+        with pytest.raises(UserError, match=r"the champion does not start: .*no such model"):
+            Local(supervisor.folder).healthy("champion")
         time.sleep(2)
         assert capsys.readouterr().out.count(told) == 1
 

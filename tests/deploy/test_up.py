@@ -19,7 +19,7 @@ from deploy.served import free
 from deploy.tiny import two_versions
 from world import ROOT, Checkout
 
-from pipelines.deploy import promotion
+from pipelines.deploy import promotion, serving
 from pipelines.deploy.registry import Registry
 
 
@@ -93,20 +93,29 @@ def test_without_its_registry_it_serves_what_it_served(held: Registry, checkout:
     assert "so version 1, which was served here before" in again.said
 
 
-@pytest.mark.parametrize("wrong", ["port", "keys"])
+@pytest.mark.parametrize("wrong", ["port", "keys", "state"])
 def test_what_cannot_be_served_is_one_line(held: Registry, checkout: Checkout, wrong: str) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         if wrong == "port":
             checkout.set(traffic={"port": other.getsockname()[1]})
-        else:
+        elif wrong == "keys":
             checkout.set(serve={"keys": "nowhere"})
+        else:
+            (checkout.folder / serving.FOLDER).mkdir(parents=True)
+            (checkout.folder / serving.FOLDER / "desired.json").write_text("{")
         made = Up(checkout.folder)
         assert made.process.wait(60) == 2
     line = made.said.splitlines()[-1]
     assert line.startswith("up: error: ")
-    assert {"port": "traffic.port is ", "keys": "pipelines.deploy.serve.keys NAME"}[wrong] in line
+    assert len(made.said.splitlines()) == 1 + (wrong == "port")
+    expected = {
+        "port": "traffic.port is ",
+        "keys": "pipelines.deploy.serve.keys NAME",
+        "state": "desired.json does not say what should be served: ",
+    }
+    assert expected[wrong] in line
 
 
 def test_with_keys_the_printed_way_asks_for_one_and_a_new_one_is_known(

@@ -8,6 +8,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -155,7 +156,7 @@ class Cluster:
         if not pods:
             return "no endpoint"
         pod = random.choice(pods)
-        pod.metrics.answered("predict", b"", 0.002, np.array([0.3], np.float32), False)
+        pod.metrics.answered("predict", os.urandom(8), 0.002, np.array([0.3], np.float32), False)
         return pod.digest
 
 
