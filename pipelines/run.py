@@ -47,6 +47,8 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
+    # Whoever tells this process alone to end means what runs for it too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.time()
     os.environ |= lineage.parent(str(uuid4()))
     try:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from deploy.replica import until
 from world import Checkout, lenient
 
 from pipelines import tracking
@@ -88,6 +90,21 @@ def test_a_second_run_waits_its_turn_and_an_interrupted_one_says_so(small: Check
     assert first.returncode == 130, (out, err)
     assert err.splitlines()[-1] == "run: interrupted"
     assert "Traceback" not in out + err
+
+
+def test_told_to_end_it_takes_its_stage_with_it(small: Checkout) -> None:
+    run = small.start("pipelines.run", start_new_session=True)
+
+    def stages() -> list[psutil.Process]:
+        below = psutil.Process(run.pid).children(recursive=True)
+        return [one for one in below if f"pipelines.{ORDER[0]}" in " ".join(one.cmdline())]
+
+    until(stages)
+    held = stages()
+    run.terminate()
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err.splitlines()[-1]) == (130, "run: interrupted")
+    assert not any(one.is_running() for one in held)
 
 
 def test_a_stage_stopped_at_any_moment_leaves_nothing_half_written(small: Checkout) -> None:
