@@ -29,8 +29,7 @@ def decide(held: Registry, version: int, verdict: str, who: str, why: str) -> No
     held.version(version)
     other = REJECTED if verdict == APPROVED else APPROVED
     held.tag(version, {verdict: f"by {who}: {why}"})
-    if other in held.version(version).tags:
-        held.store.delete_model_version_tag(held.model, str(version), other)
+    held.untag(version, other)
     entry = {"model": held.model, "version": version, "verdict": verdict, "who": who, "why": why}
     stage.write_json(RECORD, entry)
 

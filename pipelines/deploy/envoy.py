@@ -135,7 +135,11 @@ def _publish(path: Path, resources: list[dict[str, Any]]) -> str:
     """Replace what Envoy watches, if it changed. The version is the content's."""
     version = hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
     value = {"version_info": version, "resources": resources}
-    if not path.is_file() or stage.read_json(path) != value:
+    try:
+        same = path.is_file() and stage.read_json(path) == value
+    except ValueError:  # damaged
+        same = False
+    if not same:
         stage.write_json(path, value)
     return version
 

@@ -37,11 +37,15 @@ REPEATS = 20
 
 
 def run(params: Params) -> None:
+    if not bundle.FOLDER.is_dir():
+        raise UserError(f"{bundle.FOLDER} is missing; make it: make run")
     digest = stage.digest(bundle.FOLDER)
     held = registry.of(params)
     version = held.find(digest)
     if version is None:
-        raise UserError(f"bundle {digest[:12]} is no version of {held.model}; register it first")
+        raise UserError(
+            f"bundle {digest[:12]} is no version of {held.model}; register it: make run"
+        )
     number = int(version.version)
     newest = promotion.reconcile(held)
     against = newest.version if newest and newest.version != number else None

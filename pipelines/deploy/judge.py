@@ -49,6 +49,8 @@ class Case:
     # Predictions that the challenger gave, as far as the champion's were there to compare.
     answers: int = 0
     turn: int = 0
+    # Whether the last look saw both slots: what was good once may be gone.
+    both: bool = True
 
     @property
     def pairs(self) -> int:
@@ -85,11 +87,12 @@ def hear(
     case = replace(
         case,
         turn=case.turn + 1,
+        both=set(seen) == {"champion", "challenger"},
         disagreement=_apart(case.disagreement, distances, allowed.disagreement),
         labels=_lost(case.labels, losses, allowed.log_loss),
         distances=case.distances + _thousandths(distances),
     )
-    if set(seen) != {"champion", "challenger"}:
+    if not case.both:
         return case  # one alone says nothing; the step's limit waits for nobody
     new = {slot: since(case.last.get(slot), seen[slot]) for slot in seen}
     chance = np.random.default_rng(case.turn)
@@ -229,13 +232,17 @@ def decide(
         return Verdict("bad", "; ".join(found))
     said = f"{answers} answers in {elapsed:.0f} s"
     if paired:
-        said += f"; {case.pairs} pairs so far"
-    enough = answers >= limits.step_requests and (case.pairs >= PAIRS or not paired)
+        said += f"; {case.pairs} different requests answered by both so far"
+    if not case.both:
+        said += "; the last look did not see both slots"
+    enough = case.both and answers >= limits.step_requests and (case.pairs >= PAIRS or not paired)
     if elapsed >= seconds and enough:
         return Verdict("good", said)
     if elapsed < limits.limit_seconds:
         return Verdict("undecided", said)
     if not answers:
         return Verdict("unproven", f"no traffic or no metrics in {elapsed:.0f} s")
-    wanted = f"{PAIRS} pairs" if answers >= limits.step_requests else limits.step_requests
+    wanted = f"{limits.step_requests} answers"
+    if paired:
+        wanted += f", and {PAIRS} different requests"
     return Verdict("unproven", f"{said}; expected {wanted}")

@@ -9,6 +9,7 @@ What cannot be read is no reason to roll back: it is said once, and read again a
 """
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,11 +46,8 @@ class Mirrored:
     known: dict[Row, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        held = self.captures.names()
-        if held:
-            newest = int(held[-1].partition("-")[0])
-            self.after = str(newest - SKEW)
-        self.read.update(held, self.labels.names())
+        self.after = str(time.time_ns() - SKEW)
+        self.read.update(self.captures.names(self.after), self.labels.names())
 
     def look(self) -> tuple[list[float], list[float]]:
         """Distances and differences of log loss that are new since the last look."""

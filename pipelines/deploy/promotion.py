@@ -161,19 +161,26 @@ def _project(held: Registry, entry: Entry) -> None:
     said = f"{entry.at} by {entry.who}: {entry.why}"
     if entry.rolled_back:
         version = int(entry.replaces or 0)
-        # Not again once a person wants it back in spite of this entry.
-        if held.version(version).tags.get(CHALLENGED) != str(entry.number):
-            held.tag(version, {ROLLED_BACK: said})
+        tags = held.version(version).tags
+        # Once, and not where a person wants it back in spite of this entry.
+        if tags.get(CHALLENGED) != str(entry.number) and tags.get(ROLLED_BACK) != said:
+            _withdraw(held, version, said)
     else:
         held.tag(entry.version, {"promoted": said})
-        _unbar(held, entry.version)
+        held.untag(entry.version, ROLLED_BACK)
 
 
 def bar(held: Registry, version: int, why: str) -> None:
     """The version was rolled back: it is challenger no more, until a person says so."""
-    held.tag(version, {ROLLED_BACK: why})
+    _withdraw(held, version, why)
     if held.aliases().get(CHALLENGER) == version:
         held.store.delete_registered_model_alias(held.model, CHALLENGER)
+
+
+def _withdraw(held: Registry, version: int, why: str) -> None:
+    """Who approved it did not know what is known now."""
+    held.tag(version, {ROLLED_BACK: why})
+    held.untag(version, approval.APPROVED)
 
 
 def challenge(held: Registry, version: int) -> None:
@@ -185,13 +192,8 @@ def challenge(held: Registry, version: int) -> None:
     if newest is not None and newest.version == version:
         raise UserError(f"{held.model} version {version} is champion; expected another")
     held.tag(version, {CHALLENGED: str(newest.number if newest else 0)})
-    _unbar(held, version)
+    held.untag(version, ROLLED_BACK)
     held.store.set_registered_model_alias(held.model, CHALLENGER, str(version))
-
-
-def _unbar(held: Registry, version: int) -> None:
-    if ROLLED_BACK in held.version(version).tags:
-        held.store.delete_model_version_tag(held.model, str(version), ROLLED_BACK)
 
 
 def follow(held: Registry, target: Target, entry: Entry) -> None:

@@ -84,6 +84,10 @@ class Registry:
         for name, value in tags.items():
             self.store.set_model_version_tag(self.model, str(number), name, value)
 
+    def untag(self, number: int, name: str) -> None:
+        if name in self.version(number).tags:
+            self.store.delete_model_version_tag(self.model, str(number), name)
+
     def statement(self, number: int, digest: str) -> dict[str, object]:
         """What a signature says of a version: that its bundle is this one."""
         return {"model": self.model, "version": number, "bundle": digest}

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipelines import stage
 from pipelines.deploy.targets import Observation, Slot
@@ -102,20 +103,20 @@ class Status:
     slots: dict[Slot, Serving] = field(default_factory=dict)
 
 
+_DESIRED, _STATUS = TypeAdapter(Desired), TypeAdapter(Status)
+
+
 def desired(folder: Path) -> Desired:
     """What should be; nothing where nobody said so yet. Raises UserError where it was damaged."""
     path = folder / "desired.json"
     if not path.is_file():
         return Desired()
     try:
-        values = stage.read_json(path)
-        for slot in ("champion", "challenger"):
-            values[slot] = Started(**values[slot]) if values[slot] else None
-        return Desired(**values)
-    except (ValueError, LookupError, TypeError) as error:
+        return _DESIRED.validate_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(
-            f"{path} does not say what should be served: {error}; remove it while nothing is "
-            "served, and make serve begins with the champion"
+            f"{path} does not say what should be served: {stage.one_line(error)}; remove it while "
+            "nothing is served, and make serve begins with the champion"
         ) from None
 
 
@@ -135,22 +136,12 @@ def report(folder: Path, status: Status) -> None:
 
 
 def status(folder: Path) -> Status:
-    """What is; of a supervisor that stopped to report, nothing."""
-    path = folder / "status.json"
-    values = stage.read_json(path) if path.is_file() else {}
-    if time.time() - values.get("at", 0.0) > FRESH:
+    """What is; nothing where that is damaged, or the supervisor stopped to report."""
+    try:
+        found = _STATUS.validate_json((folder / "status.json").read_bytes())
+    except (FileNotFoundError, ValueError):
         return Status()
-    slots = {slot: _serving(found) for slot, found in values.pop("slots").items()}
-    return Status(**values, slots=slots)
-
-
-def _serving(values: dict[str, Any]) -> Serving:
-    seen = values.pop("seen")
-    if seen is not None:
-        seen["latency"] = {float(bound): count for bound, count in seen["latency"].items()}
-        seen["predictions"] = tuple(seen["predictions"])
-        seen = Observation(**seen)
-    return Serving(**values, seen=seen)
+    return Status() if time.time() - found.at > FRESH else found
 
 
 def bundle_of(folder: Path, digest: str) -> Path:

@@ -5,6 +5,7 @@ out:  the service behind Envoy; how to ask it, on the screen
 run:  make serve
 """
 
+import argparse
 import json
 import math
 import os
@@ -27,6 +28,11 @@ from pipelines.params import Params
 
 def main() -> int:
     """Serve until Ctrl-C. Exit status 0, 2 where the user can mend what is wrong, else 1."""
+    argparse.ArgumentParser(
+        prog="python -m pipelines.deploy.up",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     return stage.guarded("up", _serve)
 
 

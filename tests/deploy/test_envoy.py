@@ -107,6 +107,16 @@ def test_a_share_and_a_copy(proxy: Proxy) -> None:
     assert proxy.admin.counted("two").broken == 0
 
 
+def test_a_damaged_file_is_written_again(tmp_path: Path, params: Params) -> None:
+    envoy.routes(tmp_path, params.traffic, [Way(100, "c")])
+    file = tmp_path / "routes.json"
+    good = file.read_bytes()
+    for damage in (b"", b"x", good[:-9], b"\xff"):
+        file.write_bytes(damage)
+        envoy.routes(tmp_path, params.traffic, [Way(100, "c")])
+        assert file.read_bytes() == good
+
+
 def test_who_names_a_version_is_answered_by_it_alone(proxy: Proxy) -> None:
     one, two = Replica(200), Replica(201)
     pinned = "/v2/models/flights/versions/{}/infer".format
@@ -125,6 +135,12 @@ def test_another_protocol_is_refused_in_one_line(proxy: Proxy) -> None:
     answer = proxy.answer("/predict", connection="upgrade", upgrade="websocket")
     assert answer.status == 403
     assert json.loads(answer.read()) == {"error": "another protocol than HTTP is not spoken here"}
+
+
+def test_an_encoding_that_nobody_understands_is_the_callers_fault(proxy: Proxy) -> None:
+    proxy.routes({"c": [Replica(200)]}, [Way(100, "c")])
+    answer = proxy.answer("/predict", transfer_encoding="gzip")
+    assert answer.status == 400
 
 
 @pytest.mark.parametrize("status", [0, 503])

@@ -1,6 +1,7 @@
 """The gate: the run's own verdicts, the budget, and the champion on the same rows."""
 
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from deploy.tiny import make_bundle
 from world import Checkout
 
-from pipelines import stage, tables, tracking
+from pipelines import bundle, stage, tables, tracking
 from pipelines.deploy import gate, register, registry
 from pipelines.errors import UserError
 
@@ -114,6 +115,12 @@ def test_a_champion_of_features_that_are_gone_is_no_rival(judged: Checkout) -> N
     register.run(judged.params())
     gate.run(judged.params())
     assert "the champion wants x, a feature no more" in _tags(judged, 2)["gate_reason"]
+
+
+def test_without_a_bundle_it_is_one_line(judged: Checkout) -> None:
+    shutil.rmtree(bundle.FOLDER)
+    with pytest.raises(UserError, match="models/bundle is missing; make it: make run"):
+        gate.run(judged.params())
 
 
 def test_a_damaged_champion_is_one_line(judged: Checkout) -> None:

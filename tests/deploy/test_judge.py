@@ -204,6 +204,20 @@ def _after(case: Case, limits: Release, elapsed: float) -> judge.Verdict:
     return judge.decide(case, limits, 15, elapsed, case.answers, paired=False)
 
 
+def test_what_was_good_once_may_be_gone(limits: Release) -> None:
+    """Answers of before do not stand for a slot that nobody sees any more."""
+    slots = Slots(1)
+    case = judge.begin(slots.look({"champion": 200, "challenger": 0}))
+    for _ in range(10):
+        case = judge.hear(case, slots.look({"champion": 50, "challenger": 50}), limits)
+    gone = judge.hear(case, {}, limits)
+    assert _after(gone, limits, 30).kind == "undecided"
+    late = _after(gone, limits, limits.limit_seconds)
+    assert (late.kind, "did not see both slots" in late.reason) == ("unproven", True)
+    back = judge.hear(gone, slots.look({"champion": 50, "challenger": 50}), limits)
+    assert _after(back, limits, 30).kind == "good"
+
+
 def test_refusals_alone_are_no_answers(limits: Release) -> None:
     """Both slots refuse all they are asked: nothing is known of the challenger's predictions."""
     slots = Slots(1, errors=1.0)
@@ -245,12 +259,14 @@ def test_an_hour_of_slowness_before_the_release_excuses_nothing(limits: Release)
 
 
 def test_where_answers_are_paired_none_is_good_without_pairs(limits: Release) -> None:
-    few = judge.hear(judge.begin({}), {}, limits, distances=[0.0] * (judge.PAIRS - 1))
+    seen = Slots(1).look({"champion": 200, "challenger": 0})
+    few = judge.hear(judge.begin(seen), seen, limits, distances=[0.0] * (judge.PAIRS - 1))
     assert judge.decide(few, limits, 15, 20, 10_000, paired=True).kind == "undecided"
     late = judge.decide(few, limits, 15, limits.limit_seconds, 10_000, paired=True)
     assert late.kind == "unproven"
-    assert "9 pairs so far; expected 10 pairs" in late.reason
-    enough = judge.hear(few, {}, limits, distances=[0.0])
+    assert "; 9 different requests answered by both so far; expected " in late.reason
+    assert late.reason.endswith("answers, and 10 different requests")
+    enough = judge.hear(few, seen, limits, distances=[0.0])
     assert judge.decide(enough, limits, 15, 20, 10_000, paired=True).kind == "good"
 
 

@@ -292,6 +292,22 @@ def test_the_last_word_is_read_from_the_end_of_a_log(tmp_path: Path) -> None:
     assert last_word(log) == "why it ended"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"at": "x"}', '{"at": 1e18, "slots": {"a": 1}}'])
+def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert serving.status(tmp_path) == serving.Status()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"restarts": null}', '{"champion": {"name": 1}}'])
+def test_a_damaged_wish_is_one_line_that_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "desired.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"desired\.json does not say what should be served"
+    ) as said:
+        serving.desired(tmp_path)
+    assert "\n" not in str(said.value)
+
+
 def test_nothing_served_is_nothing_to_restart(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.deploy.targets.local", "restart"],

@@ -89,6 +89,16 @@ def test_an_id_that_was_used_twice_pairs_the_same_question(mirrored: Mirrored) -
     assert mirrored.look() == ([0.0], [])
 
 
+def test_what_is_no_capture_or_of_another_time_is_passed_by(mirrored: Mirrored) -> None:
+    day = 86400
+    _capture(mirrored.captures, CHAMPION, {"ahead": 0.5}, clock=day)
+    mirrored.captures.put("notes.parquet", pa.table({"a": [1]}))
+    later = Mirrored(mirrored.captures, mirrored.labels, CHAMPION, CHALLENGER)
+    for digest in (CHAMPION, CHALLENGER):
+        _capture(mirrored.captures, digest, {"one": 0.5})
+    assert later.look() == ([0.0], [])
+
+
 def test_a_question_that_was_answered_says_nothing_new(mirrored: Mirrored) -> None:
     for digest, answer in ((CHAMPION, 0.2), (CHALLENGER, 0.6)):
         _capture(mirrored.captures, digest, {"one": answer, "two": answer}, body="a")

@@ -121,10 +121,11 @@ class Capture:
 
     def _sweep(self) -> None:
         """Remove what is older than retention_days; a name begins with its time."""
-        oldest = time.time_ns() - self.settings.retention_days * 86400 * 10**9
+        oldest = str(time.time_ns() - self.settings.retention_days * 86400 * 10**9)
         try:
             for name in self.shelf.names():
-                if int(name.partition("-")[0]) < oldest:
+                at = name.partition("-")[0]
+                if at.isdecimal() and at < oldest:
                     self.shelf.remove(name)
         except Exception as error:  # of a disk, or of the way to a bucket
             fields = {"fault": stage.one_line(error)}

@@ -29,6 +29,7 @@ Slot = Literal["champion", "challenger"]
 # What comes of a shadow: nobody copies requests; the challenger gets copies; or who judges can read
 # the captures of both slots too, and compares their answers to one request.
 Shadow = Literal["none", "copied", "paired"]
+MENDED = 15.0  # seconds until what was mended has to show
 READY = 120.0  # seconds until what was started has to be healthy
 
 
@@ -113,11 +114,21 @@ def serve(target: Target, held: "Registry", slot: Slot, version: int) -> str:
     """
     digest = start(target, held, slot, version)
     begun = time.monotonic()
-    while not target.healthy(slot):
+    while not _healthy(target, slot, begun):
         if time.monotonic() - begun > READY:
             raise UserError(f"version {version} was not ready as {slot} within {READY:.0f} s")
         time.sleep(0.2)
     return digest
+
+
+def _healthy(target: Target, slot: Slot, begun: float) -> bool:
+    try:
+        return target.healthy(slot)
+    except UserError:
+        # What kept it from starting may just have been mended.
+        if time.monotonic() - begun < MENDED:
+            return False
+        raise
 
 
 def of(params: Params) -> Target:
