@@ -193,6 +193,13 @@ class Trainer(_Block):
     threads: Positive
 
 
+class Checkpoint(_Block):
+    """How often a fit is saved: after so many seconds, and every so many steps."""
+
+    seconds: Positive
+    steps: Positive | None
+
+
 class Fit(_Block):
     model: str
     # What NumPy takes.
@@ -205,6 +212,7 @@ class Fit(_Block):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     hidden: list[Positive]
     members: Positive
+    checkpoint: Checkpoint
     trainer: Trainer
 
 

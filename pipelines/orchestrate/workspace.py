@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROOT = stage.STATE / "workspaces"
 # Of this machine and not of the run: every workspace sees the same.
 SHARED = (
-    "mlflow", "ledger", "lineage", "months", "serving", "keys", "capture", "labels", "edge",
+    "mlflow", "ledger", "lineage", "months", "fit", "serving", "keys", "capture", "labels", "edge",
 )  # fmt: skip
 Lock = dict[str, Any]
 

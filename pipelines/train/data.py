@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset
 
 from pipelines import tables
 from pipelines.errors import UserError, naming
@@ -74,7 +73,7 @@ def _codes(column: pa.ChunkedArray, values: list[str]) -> npt.NDArray[np.int32]:
     return pc.add(pc.fill_null(found, -1), 1).to_numpy().astype(np.int32)  # type: ignore[no-any-return]
 
 
-class Rows(Dataset[Batch]):
+class Rows:
     """The rows of one split in memory-mapped arrays; a whole batch is taken by its indices at
     once.
     """
@@ -92,7 +91,7 @@ class Rows(Dataset[Batch]):
         """Shape (rows,), 0 or 1."""
         return np.asarray(self.arrays[2]).astype(np.int64)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def take(self, indices: npt.NDArray[np.int64]) -> Batch:
         codes, numbers, labels = (torch.from_numpy(array[indices]) for array in self.arrays)
         return codes, numbers, labels
 

@@ -8,21 +8,25 @@ run:  dvc repro fit
 
 Lightning trains fit.model until the validation loss has not fallen for fit.patience epochs. The
 best epoch's weights are kept, and calibrated on the validation rows. Same data, params and threads
-give the same bytes.
+give the same bytes, also where it was killed and goes on (pipelines/train/checkpoints.py). SIGTERM
+saves, and is a fault: a scheduler tries again.
 """
 
+import math
+import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping
 
-from pipelines import stage, tracking
-from pipelines.errors import naming
+from pipelines import metrics, stage, tracking
 from pipelines.params import Fit, Params
-from pipelines.train import data, fitted, models
+from pipelines.train import checkpoints, data, fitted, models
+from pipelines.train.checkpoints import Checkpoints, Plain
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
 from pipelines.train.models.inputs import Inputs
@@ -40,24 +44,41 @@ def run(params: Params) -> None:
             "fit", f"{params.fit.model} on {len(train):,} train and {len(val):,} validation rows"
         )
         with tracking.run(params, "fit") as logger:
-            model, epochs = train_network(encoding, train, val, params.fit, scratch, logger)
+            saved = checkpoints.sweep(_key(params))
+            model, epochs = train_network(encoding, train, val, params.fit, saved, logger)
             fitted.save(model, params.fit, out)
             stage.write_json(out / fitted.CURVES, epochs)
             tracking.tag(
                 logger, {"fit": stage.digest(out), "features": stage.digest(data.FEATURES)}
             )
+    shutil.rmtree(saved, ignore_errors=True)
     best = min(epochs, key=lambda epoch: epoch["val_loss"])
     stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {best['val_loss']:.4f}")
 
 
+def _key(params: Params) -> str:
+    """The name of all that the weights depend on."""
+    code = [*sorted(Path(__file__).parent.rglob("*.py")), Path(metrics.__file__)]
+    made_of = {path.name: stage.sha256(path) for path in code}
+    made_of |= {name: version(name) for name in ("torch", "pytorch-lightning", "numpy")}
+    made_of["features"] = stage.digest(data.FEATURES)
+    made_of["fit"] = params.fit.model_dump_json(exclude={"checkpoint"})
+    made_of["columns"] = params.dataset.features.model_dump_json()
+    return stage.digest_of(made_of)[:32]
+
+
 def train_network(
-    encoding: Encoding, train: Rows, val: Rows, fit: Fit, scratch: Path, logger: Any = False
+    encoding: Encoding, train: Rows, val: Rows, fit: Fit, folder: Path, logger: Any = False
 ) -> tuple[Fitted, list[Epoch]]:
-    """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch."""
+    """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch.
+
+    Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end.
+    """
     _repeatable(fit)
     network = models.build(Inputs.of(encoding, train), fit)
-    module = BinaryModule(network.head, fit)
-    best = ModelCheckpoint(scratch / "checkpoints", monitor="val_loss", save_weights_only=True)
+    steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
+    module = BinaryModule(network.head, fit, steps)
+    best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train))
     trainer = pl.Trainer(
         accelerator=fit.trainer.accelerator,
@@ -66,7 +87,9 @@ def train_network(
         precision=fit.trainer.precision,
         max_epochs=fit.max_epochs,
         deterministic=True,
-        callbacks=[EarlyStopping("val_loss", patience=fit.patience), best, progress],
+        callbacks=[EarlyStopping("val_loss", patience=fit.patience), best, progress, saving],
+        plugins=[Plain()],
+        enable_checkpointing=False,
         logger=logger,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -74,12 +97,11 @@ def train_network(
         log_every_n_steps=10,
     )
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
-    with naming(scratch / "checkpoints"):
-        try:
-            trainer.fit(module, FeatureData(encoded[0], encoded[1], fit.batch_size))
-        except SystemExit as error:  # Lightning makes that of Ctrl-C
-            raise KeyboardInterrupt from error
-    module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    try:
+        trainer.fit(module, FeatureData(encoded[0], encoded[1], fit), ckpt_path=saving.newest())
+    except SystemExit as error:  # Lightning makes that of Ctrl-C
+        raise KeyboardInterrupt from error
+    network.head.load_state_dict(best.weights)
     return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
 
 
@@ -98,21 +120,54 @@ def _repeatable(fit: Fit) -> None:
     warnings.filterwarnings("ignore", ".*number of training batches.*")
 
 
+class _Best(pl.Callback):
+    """The weights of the epoch with the smallest validation loss."""
+
+    def __init__(self) -> None:
+        self.loss, self.weights = math.inf, dict[str, torch.Tensor]()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            held = pl_module.head.state_dict()  # type: ignore[union-attr]
+            self.weights = {name: value.clone() for name, value in held.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss, self.weights = state["loss"], state["weights"]
+
+
 class _Progress(pl.Callback):
     """One line per epoch, and its figures."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.epochs = rows, list[Epoch]()
-        self.started = 0.0
+        self.begun, self.steps = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs = state["epochs"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)  # perhaps in the middle of an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started = time.perf_counter()
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self.begun, self.steps = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         self.epochs.append({"epoch": trainer.current_epoch + 1} | figures)
         if trainer.is_global_zero:
-            speed = self.rows / (time.perf_counter() - self.started)
+            done = (trainer.global_step - self.steps) / trainer.num_training_batches
+            speed = done * self.rows / (time.perf_counter() - self.begun)
             stage.say(
                 "fit",
                 f"epoch {trainer.current_epoch + 1} of at most {trainer.max_epochs}: "

@@ -3,12 +3,16 @@
 A head maps codes (rows, categories) and encoded numbers (rows, width) to logits (rows, members).
 """
 
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from pipelines import metrics
 from pipelines.params import Fit
@@ -19,16 +23,21 @@ from pipelines.train.fitted import probability
 class BinaryModule(pl.LightningModule):
     """Binary cross-entropy of every member; the prediction is the members' mean probability."""
 
-    def __init__(self, head: nn.Module, fit: Fit) -> None:
+    def __init__(self, head: nn.Module, fit: Fit, steps: int) -> None:
         super().__init__()
-        self.head, self.options = head, fit
+        # Lightning's own estimate of the steps would read the data before a checkpoint is loaded,
+        # and the place in the epoch would be lost.
+        self.head, self.options, self.steps = head, fit, steps
+        # Of the epoch so far: the sum of the rows' losses, and their number.
+        self.seen = torch.zeros(2, dtype=torch.float64)
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         codes, numbers, labels = batch
         logits = self.head(codes, numbers)
         loss = F.binary_cross_entropy_with_logits(logits, labels[:, None].expand_as(logits))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.seen = self.seen.to(loss.device)
+        self.seen += torch.stack([loss.detach() * len(labels), loss.new_tensor(len(labels))])
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -43,6 +52,9 @@ class BinaryModule(pl.LightningModule):
         # Each device sees its own rows; the mean over devices is what stops training.
         self.log("val_loss", figures["log_loss"], sync_dist=True)
         self.log("val_auc", figures["auc"], sync_dist=True)
+        # Here, since callbacks read it before the hook for the end of an epoch.
+        self.log("train_loss", self.seen[0] / self.seen[1], sync_dist=True)
+        self.seen.zero_()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weight decay on matrices only, one cycle of the learning rate (Smith & Topin
@@ -67,7 +79,7 @@ class BinaryModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             self.options.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            total_steps=self.steps,
             pct_start=0.2,
             cycle_momentum=False,
             final_div_factor=100,
@@ -81,17 +93,54 @@ class BinaryModule(pl.LightningModule):
 class FeatureData(pl.LightningDataModule):
     """Train and validation batches from memory-mapped arrays."""
 
-    def __init__(self, train: Rows, val: Rows, batch_size: int) -> None:
+    def __init__(self, train: Rows, val: Rows, fit: Fit) -> None:
         super().__init__()
-        self.train, self.val, self.batch_size = train, val, batch_size
+        self.train, self.val, self.fit = train, val, fit
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return _loader(self.train, self.batch_size, shuffle=True)
+    def train_dataloader(self) -> "Batches":
+        return Batches(self.train, self.fit.batch_size, self._part, self.fit.seed)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return _loader(self.val, BATCH, shuffle=False)
+    def val_dataloader(self) -> "Batches":
+        return Batches(self.val, BATCH, self._part)
+
+    @property
+    def _part(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
-def _loader(rows: Rows, size: int, *, shuffle: bool) -> DataLoader[Batch]:
-    # Rows gives whole batches: there is nothing to collate.
-    return DataLoader(rows, batch_size=size, shuffle=shuffle, collate_fn=lambda batch: batch)
+class Batches:
+    """Batches of rows in order, or with a seed shuffled anew in each epoch; of several processes
+    each takes its part (which, of how many) of every batch. Its state is its place.
+    """
+
+    def __init__(
+        self, rows: Rows, size: int, part: tuple[int, int] = (0, 1), seed: int | None = None
+    ) -> None:
+        self.rows, self.size, self.seed = rows, size, seed
+        self.which, self.parts = part
+        self.epoch, self.place = 0, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Who takes all batches need not ask for one more: an epoch ends where the next begins.
+        if self.place == len(self):
+            self.epoch, self.place = self.epoch + 1, 0
+        order = self._order()
+        while self.place < len(self):
+            batch = order[self.place * self.size : (self.place + 1) * self.size]
+            self.place += 1
+            yield self.rows.take(batch[self.which :: self.parts])
+
+    def _order(self) -> npt.NDArray[np.int64]:
+        if self.seed is None:
+            return np.arange(len(self.rows))
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.place = state["epoch"], state["place"]

@@ -72,7 +72,7 @@ def test_a_batch_is_taken_at_once_from_mapped_memory(features: Checkout) -> None
     with stage.scratch("test") as scratch:
         rows = data.materialise(encoding, "train", scratch)
         assert all(isinstance(array, np.memmap) for array in rows.arrays)
-        codes, numbers, labels = rows.__getitems__([5, 3, 5])
+        codes, numbers, labels = rows.take(np.array([5, 3, 5]))
         assert codes.shape == (3, len(names.categories))
         assert numbers.shape == (3, len(names.numbers))
         assert torch.equal(numbers[0], numbers[2]) or bool(torch.isnan(numbers[0]).any())

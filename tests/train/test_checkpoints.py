@@ -1,0 +1,199 @@
+"""A fit that is killed goes on where it stood: the bytes are those of one that was not."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from world import Checkout
+
+from pipelines import stage
+from pipelines.train import checkpoints, fitted
+from pipelines.train.data import Rows
+from pipelines.train.module import Batches
+
+KILLS = 10
+
+
+class Counted(Rows):
+    """So many rows, each of which is its number."""
+
+    def __init__(self, rows: int) -> None:
+        self.arrays = (np.arange(rows),)
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def take(self, indices: np.ndarray) -> list[int]:  # type: ignore[override]
+        return indices.tolist()  # type: ignore[no-any-return]
+
+
+@given(st.data(), st.integers(1, 60), st.integers(1, 20), st.integers(1, 3))
+def test_every_row_is_visited_once_an_epoch_whoever_stops_and_goes_on(
+    data: st.DataObject, rows: int, size: int, parts: int
+) -> None:
+    """The rows that all processes visit are a permutation, and the next epoch's is another."""
+    epochs: list[list[int]] = []
+    for epoch in range(2):
+        visited: list[int] = []
+        for which in range(parts):
+            part = (which, parts)
+            batches = Batches(Counted(rows), size, part, seed=7)
+            batches.load_state_dict({"epoch": epoch, "place": 0})
+            stop = data.draw(st.integers(0, len(batches) - 1))
+            stopped = iter(batches)
+            visited += [row for _ in range(stop) for row in next(stopped)]
+            going_on = Batches(Counted(rows), size, part, seed=7)
+            going_on.load_state_dict(batches.state_dict())
+            visited += [row for batch in going_on for row in batch]
+            next(iter(going_on))
+            assert going_on.state_dict() == {"epoch": epoch + 1, "place": 1}
+        assert sorted(visited) == list(range(rows))
+        epochs.append(visited)
+    if rows > 20:
+        assert epochs[0] != epochs[1]
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers(), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(TREES)
+def test_what_is_packed_comes_back(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
+    path = tmp_path_factory.mktemp("packed") / "one.safetensors"
+    path.write_bytes(checkpoints.pack({"tree": tree, "tensor": torch.arange(3.0)}))
+    back = checkpoints.unpack(path)
+    assert back["tree"] == tree
+    assert torch.equal(back["tensor"], torch.arange(3.0))
+
+
+def test_what_has_no_form_is_refused() -> None:
+    with pytest.raises(TypeError, match="function has no form in a checkpoint"):
+        checkpoints.pack({"one": [lambda: 0]})
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_changed_byte_is_seen(
+    tmp_path_factory: pytest.TempPathFactory, place: int, change: int
+) -> None:
+    content = bytearray(checkpoints.pack({"step": 3, "weights": torch.randn(20)}))
+    content[place % len(content)] ^= change
+    path = tmp_path_factory.mktemp("changed") / "one.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        checkpoints.unpack(path)
+
+
+@pytest.fixture
+def long(features: Checkout) -> Checkout:
+    """A fit of some seconds, saved at every step."""
+    features.set(fit={"max_epochs": 3, "checkpoint": {"seconds": 60, "steps": 1}})
+    return features
+
+
+def _saved() -> list[Path]:
+    return sorted(checkpoints.FOLDER.glob("*/*.safetensors"))
+
+
+def test_killed_at_any_moment_it_gives_the_same_bytes(long: Checkout) -> None:
+    whole = long.run("pipelines.train.fit")
+    assert whole.status == 0, whole
+    expected = stage.digest(fitted.FOLDER)
+    assert not _saved()
+    chance = random.Random(7)
+    begun = {"going on after step 0"}
+    for _ in range(KILLS):
+        before = _saved()
+        process = long.start("pipelines.train.fit")
+        while _saved() == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.2)
+        process.kill()
+        out, _ = process.communicate()
+        begun |= set(re.findall(r"going on after step \d+", out))
+        assert not list(Path().rglob("*.partial")) or process.returncode == -signal.SIGKILL
+        assert len(_saved()) <= checkpoints.KEPT + 1
+    assert len(begun) > 2, "no attempt went on where another stood"
+    last = long.run("pipelines.train.fit")
+    assert last.status == 0, last
+    assert "going on after step" in last.out
+    assert stage.digest(fitted.FOLDER) == expected
+    assert not _saved()
+
+
+def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
+    long.set(fit={"checkpoint": {"seconds": 3600, "steps": None}})
+    expected = _fitted(long)
+    process = long.start("pipelines.train.fit")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1 of" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    (saved,) = _saved()
+    step = int(saved.stem)
+    assert err.splitlines()[-1] == f"fit: fault: told to end; step {step} is saved: run again"
+    assert _fitted(long) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "byte", "empty"])
+def test_a_damaged_newest_falls_back_to_the_one_before(long: Checkout, damage: str) -> None:
+    expected = _fitted(long)
+    process = long.start("pipelines.train.fit")
+    while len(_saved()) < checkpoints.KEPT and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    older, newest = _saved()[-2:]
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    newest.write_bytes(
+        {
+            "cut": content[:middle],
+            "byte": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "empty": b"",
+        }[damage]
+    )
+    ended = long.run("pipelines.train.fit")
+    assert ended.status == 0, ended
+    assert f"a damaged checkpoint is left out: {newest}" in ended.out
+    assert f"going on after step {int(older.stem)}" in ended.out
+    assert stage.digest(fitted.FOLDER) == expected
+
+
+def test_another_seed_does_not_go_on(long: Checkout) -> None:
+    process = long.start("pipelines.train.fit")
+    while not _saved() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    long.set(fit={"seed": 8})
+    ended = long.run("pipelines.train.fit")
+    assert ended.status == 0, ended
+    assert "going on" not in ended.out
+
+
+def _fitted(checkout: Checkout) -> str:
+    ended = checkout.run("pipelines.train.fit")
+    assert ended.status == 0, ended
+    made = stage.digest(fitted.FOLDER)
+    assert json.loads((fitted.FOLDER / fitted.CURVES).read_text())[-1]["epoch"] == 3
+    shutil.rmtree(fitted.FOLDER)
+    return made
