@@ -4,7 +4,10 @@
 -- Rolling levels stand on two grids: ten minutes for the state of the moment, days (cut at 08:00 UTC, when
 -- New York sleeps) for habits. An observation moves up to the next point of its grid, a question moves down:
 -- so a level holds only what was known, and the windows run over few rows. `seen_at` is the latest
--- observation inside a level; `known_at` is the latest inside a row, and must not be after prediction_time.
+-- observation until then, which is inside a level while it is inside its longest window; `known_at` is the
+-- latest inside a row, and must not be after prediction_time.
+--
+-- A window that slides is what costs most, for each row and each sum; one that only grows costs a sixth.
 with flights as (
     select
         *,
@@ -46,26 +49,24 @@ ticks as (
         due, departed, dep_delay, dep_late, arrived, arr_delay, arr_late
     from seen
     union all
-    select distinct origin, dest, carrier, tick, cast(null as bigint), 0, 0, 0, 0, 0, 0, 0
+    select origin, dest, carrier, tick, cast(null as bigint), 0, 0, 0, 0, 0, 0, 0
     from flights
 ),
 
 days as (
     select
-        origin, dest, carrier, flight, (at - 28800 + 86399) div 86400 as day, max(at) as seen_at,
-        sum(arrived) as arrived, sum(arr_delay) as arr_delay, sum(arr_late) as arr_late,
-        sum(gained) as gained
+        origin, dest, carrier, flight, (at - 28800 + 86399) div 86400 as day, at as seen_at,
+        arrived, arr_delay, arr_late, gained
     from seen
-    group by origin, dest, carrier, flight, (at - 28800 + 86399) div 86400
     union all
-    select distinct origin, dest, carrier, flight, day, cast(null as bigint), 0, 0, 0, 0
+    select origin, dest, carrier, flight, day, cast(null as bigint), 0, 0, 0, 0
     from flights
 ),
 
 origin_now as (
     select
         origin, tick,
-        max(seen_at) over h24 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(due) over h1 as due_1h, sum(departed) over h1 as departed_1h,
         sum(dep_delay) over h1 as delay_1h,
         sum(due) over h3 as due_3h, sum(departed) over h3 as departed_3h,
@@ -80,6 +81,7 @@ origin_now as (
         group by origin, tick
     ) as line
     window
+        ever as (partition by origin order by tick rows between unbounded preceding and current row),
         h1 as (partition by origin order by tick range between 5 preceding and current row),
         h3 as (partition by origin order by tick range between 17 preceding and current row),
         h24 as (partition by origin order by tick range between 143 preceding and current row)
@@ -88,7 +90,7 @@ origin_now as (
 carrier_origin_now as (
     select
         carrier, origin, tick,
-        max(seen_at) over h3 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(due) over h3 as due_3h, sum(departed) over h3 as departed_3h,
         sum(dep_delay) over h3 as delay_3h
     from (
@@ -99,13 +101,14 @@ carrier_origin_now as (
         group by carrier, origin, tick
     ) as line
     window
+        ever as (partition by carrier, origin order by tick rows between unbounded preceding and current row),
         h3 as (partition by carrier, origin order by tick range between 17 preceding and current row)
 ),
 
 carrier_now as (
     select
         carrier, tick,
-        max(seen_at) over h24 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(departed) over h6 as departed_6h, sum(dep_delay) over h6 as delay_6h,
         sum(arrived) over h24 as arrived_24h, sum(arr_late) over h24 as late_24h
     from (
@@ -116,6 +119,7 @@ carrier_now as (
         group by carrier, tick
     ) as line
     window
+        ever as (partition by carrier order by tick rows between unbounded preceding and current row),
         h6 as (partition by carrier order by tick range between 35 preceding and current row),
         h24 as (partition by carrier order by tick range between 143 preceding and current row)
 ),
@@ -123,7 +127,7 @@ carrier_now as (
 dest_now as (
     select
         dest, tick,
-        max(seen_at) over h24 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(due) over h6 as due_6h, sum(departed) over h6 as departed_6h,
         sum(dep_delay) over h6 as delay_6h,
         sum(arrived) over h6 as arrived_6h, sum(arr_delay) over h6 as arr_delay_6h,
@@ -137,6 +141,7 @@ dest_now as (
         group by dest, tick
     ) as line
     window
+        ever as (partition by dest order by tick rows between unbounded preceding and current row),
         h6 as (partition by dest order by tick range between 35 preceding and current row),
         h24 as (partition by dest order by tick range between 143 preceding and current row)
 ),
@@ -144,7 +149,7 @@ dest_now as (
 carrier_habit as (
     select
         carrier, day,
-        max(seen_at) over d30 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(arrived) over d7 as arrived_7d, sum(arr_late) over d7 as late_7d,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d
     from (
@@ -153,6 +158,7 @@ carrier_habit as (
         group by carrier, day
     ) as line
     window
+        ever as (partition by carrier order by day rows between unbounded preceding and current row),
         d7 as (partition by carrier order by day range between 6 preceding and current row),
         d30 as (partition by carrier order by day range between 29 preceding and current row)
 ),
@@ -160,7 +166,7 @@ carrier_habit as (
 route_habit as (
     select
         origin, dest, day,
-        max(seen_at) over d30 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(arrived) over d7 as arrived_7d, sum(arr_late) over d7 as late_7d,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d,
         sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d
@@ -172,6 +178,7 @@ route_habit as (
         group by origin, dest, day
     ) as line
     window
+        ever as (partition by origin, dest order by day rows between unbounded preceding and current row),
         d7 as (partition by origin, dest order by day range between 6 preceding and current row),
         d30 as (partition by origin, dest order by day range between 29 preceding and current row)
 ),
@@ -179,7 +186,7 @@ route_habit as (
 flight_habit as (
     select
         carrier, flight, day,
-        max(seen_at) over d30 as seen_at,
+        max(seen_at) over ever as seen_at,
         sum(arrived) over d30 as arrived_30d, sum(arr_late) over d30 as late_30d,
         sum(arr_delay) over d30 as delay_30d, sum(gained) over d30 as gained_30d
     from (
@@ -190,6 +197,7 @@ flight_habit as (
         group by carrier, flight, day
     ) as line
     window
+        ever as (partition by carrier, flight order by day rows between unbounded preceding and current row),
         d30 as (partition by carrier, flight order by day range between 29 preceding and current row)
 ),
 
@@ -222,8 +230,14 @@ tail_now as (
 select
     f.scheduled_at, f.origin, f.carrier, f.flight, f.prediction_time,
     timestamp_seconds(greatest(
-        unix_timestamp(f.reading_at), o.seen_at, co.seen_at, c.seen_at, d.seen_at, ch.seen_at, r.seen_at,
-        h.seen_at, t.departed
+        unix_timestamp(f.reading_at), t.departed,
+        case when o.seen_at > 600 * (f.tick - 144) then o.seen_at end,
+        case when co.seen_at > 600 * (f.tick - 18) then co.seen_at end,
+        case when c.seen_at > 600 * (f.tick - 144) then c.seen_at end,
+        case when d.seen_at > 600 * (f.tick - 144) then d.seen_at end,
+        case when ch.seen_at > 86400 * (f.day - 30) + 28800 then ch.seen_at end,
+        case when r.seen_at > 86400 * (f.day - 30) + 28800 then r.seen_at end,
+        case when h.seen_at > 86400 * (f.day - 30) + 28800 then h.seen_at end
     )) as known_at,
     case
         when hour(f.local_time) < 10 then 'morning'
