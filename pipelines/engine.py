@@ -6,7 +6,8 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,11 +94,28 @@ def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterato
         spark.stop()
 
 
+def write_runs(frames: Iterable[DataFrame], time: str, key: Sequence[str], folder: Path) -> int:
+    """Write frames of at most about ROWS rows, none of whose months is another's, as `write_months`
+    does. Returns their rows.
+
+    A frame comes over as it is, and is sorted and written while the engine computes the next:
+    memory holds two.
+    """
+    made = 0
+    with ThreadPoolExecutor(1) as writer:
+        before = writer.submit(int)
+        for frame in frames:
+            rows = frame.toArrow()
+            made += before.result()
+            before = writer.submit(tables.write_months, rows, time, key, folder)
+        return made + before.result()
+
+
 def write_months(
     frame: DataFrame, time: str, key: Sequence[str], folder: Path, scratch: Path
 ) -> dict[str, int]:
-    """Write `frame` as one Parquet file per month of `time`, rows in order of `key`. Returns the
-    rows of each month that has any.
+    """Write `frame`, of any number of rows, as one Parquet file per month of `time`, rows in order
+    of `key`. Returns the rows of each month that has any.
 
     Engines do not keep an order through their own writers, and name files at random. So the frame
     is computed once into `scratch`, then read back, sorted and written month by month: memory

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError, naming
@@ -20,6 +21,19 @@ def write(table: pa.Table, path: Path) -> None:
     plain = pa.Table.from_arrays(table.combine_chunks().columns, schema=pa.schema(fields))
     with naming(path):
         pq.write_table(plain, path, compression="zstd")
+
+
+def write_months(table: pa.Table, time: str, key: Sequence[str], folder: Path) -> int:
+    """Write rows in any order as one file per month of `time`, in UTC, rows in order of `key`.
+    Returns the rows.
+    """
+    month = pc.strftime(pc.floor_temporal(table[time], unit="month"), "%Y-%m")
+    for name in pc.unique(month).to_pylist():
+        rows = table.filter(pc.equal(month, name))
+        # As the engines do: what is missing comes first.
+        order = [(column, "ascending", "at_start") for column in key]
+        write(rows.take(pc.sort_indices(rows, order)), folder / f"{name}.parquet")
+    return int(table.num_rows)
 
 
 def months(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ split is test for the last test_days before as_of, val for the val_days before t
 rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from pipelines.months import Kept
 from pipelines.params import Params
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
 
 FEATURES = Path("data/features")
 
@@ -84,20 +84,24 @@ def _make(accepted: Accepted, new: Sequence[str], out: Path) -> int:
     """Make the months of features that are new. Returns their rows."""
     from pipelines import engine
 
-    dataset, made = accepted.dataset, 0
+    dataset = accepted.dataset
+    with engine.session(accepted.params.engine) as spark:
+        return engine.write_runs(_frames(accepted, new, spark), dataset.time, dataset.key, out)
+
+
+def _frames(accepted: Accepted, new: Sequence[str], spark: "SparkSession") -> Iterator["DataFrame"]:
+    """The features of the months, some months at a time."""
+    from pipelines import engine
+
+    dataset = accepted.dataset
     rows = {name: pq.read_metadata(file).num_rows for name, file in accepted.files.items()}
-    with stage.scratch("featurize") as scratch, engine.session(accepted.params.engine) as spark:
-        for run in months.runs(new, rows, engine.ROWS):
-            paths = [str(accepted.files[name].resolve()) for name in accepted.of(run[0], run[-1])]
-            spark.read.parquet(*paths).createOrReplaceTempView("accepted")
-            frame = spark.sql(
-                datasets.sql(dataset.name, "features"),
-                args={"lookback_days": dataset.lookback_days},
-            )
-            frame = months.only(typed(frame, accepted.params), dataset.time, run)
-            written = engine.write_months(frame, dataset.time, dataset.key, out, scratch / run[0])
-            made += sum(written.values())
-    return made
+    for run in months.runs(new, rows, engine.ROWS):
+        paths = [str(accepted.files[name].resolve()) for name in accepted.of(run[0], run[-1])]
+        spark.read.parquet(*paths).createOrReplaceTempView("accepted")
+        frame = spark.sql(
+            datasets.sql(dataset.name, "features"), args={"lookback_days": dataset.lookback_days}
+        )
+        yield months.only(typed(frame, accepted.params), dataset.time, run)
 
 
 def typed(frame: "DataFrame", params: Params) -> "DataFrame":

@@ -13,7 +13,7 @@ A file that is not what dataset.tables says stops the run with its name, line an
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,21 +102,27 @@ def _make(raw: Raw, new: Sequence[str], out: Path) -> int:
     """Make the months of events that are new. Returns their rows."""
     from pipelines import engine
 
-    dataset, made = raw.dataset, 0
+    dataset = raw.dataset
     with stage.scratch("load") as scratch, engine.session(raw.params.engine) as spark:
         typed = _type(raw, new, scratch)
-        rows: Counter[str] = Counter()
-        for path, (_, count) in typed.items():
-            rows[path.stem] += count
-        for run in months.runs(new, rows, engine.ROWS):
-            for name, paths in raw.of(run[0], run[-1]).items():
-                held = [str(typed[path][0].resolve()) for path in paths]
-                spark.read.parquet(*held).createOrReplaceTempView(name)
-            frame = impersonal(events(spark, raw.params), raw.params)
-            frame = months.only(frame, dataset.time, run)
-            written = engine.write_months(frame, dataset.time, dataset.key, out, scratch / run[0])
-            made += sum(written.values())
-    return made
+        return engine.write_runs(_frames(raw, new, typed, spark), dataset.time, dataset.key, out)
+
+
+def _frames(
+    raw: Raw, new: Sequence[str], typed: Mapping[Path, tuple[Path, int]], spark: "SparkSession"
+) -> Iterator["DataFrame"]:
+    """The events of the months, some months at a time."""
+    from pipelines import engine
+
+    rows: Counter[str] = Counter()
+    for path, (_, count) in typed.items():
+        rows[path.stem] += count
+    for run in months.runs(new, rows, engine.ROWS):
+        for name, paths in raw.of(run[0], run[-1]).items():
+            held = [str(typed[path][0].resolve()) for path in paths]
+            spark.read.parquet(*held).createOrReplaceTempView(name)
+        frame = impersonal(events(spark, raw.params), raw.params)
+        yield months.only(frame, raw.dataset.time, run)
 
 
 def _type(raw: Raw, new: Sequence[str], folder: Path) -> dict[Path, tuple[Path, int]]:
