@@ -95,8 +95,10 @@ def read_suite(dataset: str) -> dict[str, Any]:
 def check(
     frame: "DataFrame", suite: dict[str, Any], docs: Path
 ) -> "ExpectationSuiteValidationResult":
-    """Run the suite on the engine's frame and build the Data Docs. The result counts what is broken,
-    and shows a few: a tolerated share of a table that grows would be a list that grows.
+    """Run the suite on the engine's frame and build the Data Docs.
+
+    The result counts what is broken and shows a few: a tolerated share would be a list that grows
+    with the table.
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
