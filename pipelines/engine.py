@@ -94,13 +94,27 @@ def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterato
         spark.stop()
 
 
-def write_runs(frames: Iterable[DataFrame], time: str, key: Sequence[str], folder: Path) -> int:
+def write_runs(
+    frames: Iterable[DataFrame],
+    time: str,
+    key: Sequence[str],
+    folder: Path,
+    scratch: Path,
+    engine: str,
+) -> int:
     """Write frames of at most about ROWS rows, none of whose months is another's, as `write_months`
     does. Returns their rows.
 
-    A frame comes over as it is, and is sorted and written while the engine computes the next:
-    memory holds two.
+    From the embedded engine a frame comes over as it is, and is sorted and written while the engine
+    computes the next: memory holds two. A JVM would hold it in the heap of its driver, which is
+    1 GB where nobody says more.
     """
+    if engine != "embedded":
+        written = (
+            write_months(frame, time, key, folder, scratch / str(number))
+            for number, frame in enumerate(frames)
+        )
+        return sum(sum(counts.values()) for counts in written)
     made = 0
     with ThreadPoolExecutor(1) as writer:
         before = writer.submit(int)

@@ -84,9 +84,10 @@ def _make(accepted: Accepted, new: Sequence[str], out: Path) -> int:
     """Make the months of features that are new. Returns their rows."""
     from pipelines import engine
 
-    dataset = accepted.dataset
-    with engine.session(accepted.params.engine) as spark:
-        return engine.write_runs(_frames(accepted, new, spark), dataset.time, dataset.key, out)
+    dataset, kind = accepted.dataset, accepted.params.engine
+    with stage.scratch("featurize") as scratch, engine.session(kind) as spark:
+        frames = _frames(accepted, new, spark)
+        return engine.write_runs(frames, dataset.time, dataset.key, out, scratch, kind)
 
 
 def _frames(accepted: Accepted, new: Sequence[str], spark: "SparkSession") -> Iterator["DataFrame"]:

@@ -102,10 +102,11 @@ def _make(raw: Raw, new: Sequence[str], out: Path) -> int:
     """Make the months of events that are new. Returns their rows."""
     from pipelines import engine
 
-    dataset = raw.dataset
-    with stage.scratch("load") as scratch, engine.session(raw.params.engine) as spark:
-        typed = _type(raw, new, scratch)
-        return engine.write_runs(_frames(raw, new, typed, spark), dataset.time, dataset.key, out)
+    dataset, kind = raw.dataset, raw.params.engine
+    with stage.scratch("load") as scratch, engine.session(kind) as spark:
+        frames = _frames(raw, new, _type(raw, new, scratch / "raw"), spark)
+        runs = scratch / "runs"
+        return engine.write_runs(frames, dataset.time, dataset.key, out, runs, kind)
 
 
 def _frames(
