@@ -164,7 +164,7 @@ def test_great_expectations_itself_says_the_same(tmp_path: Path, params: Params)
     with engine.session("embedded") as spark:
         for answers in tried:
             frame = spark.createDataFrame(_table(answers))
-            result = validate.check(frame, suite, ["row"], tmp_path / "docs")
+            result = validate.check(frame, suite, tmp_path / "docs")
             for item in result.results:
                 assert item.expectation_config is not None
                 kind = item.expectation_config.type
