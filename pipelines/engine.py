@@ -61,6 +61,8 @@ def _started(master: str) -> Iterator[str]:
     """
     os.environ.setdefault("SPARK_LOCAL_IP", HOST)
     os.environ["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = secrets.token_urlsafe()
+    # Left by a session of the process that started this one: with it, PySpark makes no context.
+    os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
     from pyspark import SparkConf, SparkContext
 
     settings = {

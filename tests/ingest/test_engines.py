@@ -133,7 +133,9 @@ with engine.session("local[1]") as spark:
 def test_two_stages_of_one_machine_start_a_jvm_each() -> None:
     command = [sys.executable, "-c", HELD]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    held = [subprocess.Popen(command, text=True, cwd=ROOT, **pipes) for _ in range(2)]
+    # As a process with a session of its own hands it down.
+    env = os.environ | {"SPARK_CONNECT_MODE_ENABLED": "1"}
+    held = [subprocess.Popen(command, text=True, cwd=ROOT, env=env, **pipes) for _ in range(2)]
     try:
         # Both answer before either ends.
         assert [process.stdout.readline() for process in held] == ["3\n", "3\n"]
