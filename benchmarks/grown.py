@@ -6,10 +6,11 @@ twice is left out. A leap year has no flight on its 29th of February. Planes and
 they are.
 """
 
+from datetime import UTC, datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipelines.ingest import fetch
@@ -53,17 +54,18 @@ def grow(params: Params, size: int, raw: Path) -> None:
 
 def moved(rows: pa.Table, year: int, key: list[str]) -> pa.Table:
     """The rows of a month in another year."""
-    parts = [rows[name].cast(pa.string()) for name in ("month", "day", "hour")]
-    text = pc.binary_join_element_wise(
-        str(year), *(pc.utf8_lpad(part, 2, padding="0") for part in parts), ""
-    )
-    clock = pc.strptime(text, format="%Y%m%d%H", unit="s")
-    utc = pc.assume_timezone(clock, ZONE, ambiguous="earliest", nonexistent="latest").cast(
-        pa.timestamp("s", "UTC")
-    )
+    clock = [rows[name].to_numpy() for name in ("month", "day", "hour")]
+    codes = clock[0] * 10_000 + clock[1] * 100 + clock[2]
+    # pyarrow knows no daylight saving after 2037, zoneinfo does.
+    utc = {
+        code: datetime(year, code // 10_000, code // 100 % 100, code % 100, tzinfo=ZoneInfo(ZONE))
+        .astimezone(UTC)
+        .strftime("%Y-%m-%dT%H:%M:%SZ")
+        for code in set(codes.tolist())
+    }
     changed = {
         "year": pa.array([year] * rows.num_rows),
-        "time_hour": pc.strftime(utc, "%Y-%m-%dT%H:%M:%SZ"),
+        "time_hour": pa.array([utc[code] for code in codes.tolist()]),
     }
     for name, values in changed.items():
         rows = rows.set_column(rows.column_names.index(name), name, values)

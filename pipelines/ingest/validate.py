@@ -97,7 +97,7 @@ def check(
 ) -> "ExpectationSuiteValidationResult":
     """Run the suite on the engine's frame and build the Data Docs.
 
-    The result counts what is broken and shows a few: a tolerated share would be a list that grows
+    The result counts what is broken and lists nothing: a tolerated share would be a list that grows
     with the table.
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
@@ -133,7 +133,8 @@ def check(
         gx.Checkpoint(
             name=suite["name"],
             validation_definitions=[definition],
-            result_format="SUMMARY",
+            # Each value that it shows is another query of the whole table.
+            result_format={"result_format": "BASIC", "partial_unexpected_count": 0},
         )
     )
     outcome = checkpoint.run(batch_parameters={"dataframe": frame})
