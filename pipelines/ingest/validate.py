@@ -277,8 +277,12 @@ def _divide(reasons: dict[tuple[Any, ...], list[str]], names: list[str]) -> None
 def _reasons(
     month: pa.Table, reasons: dict[tuple[Any, ...], list[str]], key: list[str]
 ) -> list[list[str] | None]:
-    columns = (month[column].to_pylist() for column in key)
-    return [reasons.get(row) for row in zip(*columns, strict=True)]
+    """The reasons of every row, which few have: only those of a broken row's time are looked at."""
+    found: list[list[str] | None] = [None] * month.num_rows
+    times = pa.array([row[0] for row in reasons], month.schema.field(key[0]).type)
+    for at in pc.indices_nonzero(pc.is_in(month[key[0]], times)).to_pylist():
+        found[at] = reasons.get(tuple(month[column][at].as_py() for column in key))
+    return found
 
 
 def verdict(
