@@ -137,8 +137,9 @@ class Checkpoints(pl.Callback):
                 return path
         return None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # In place of Lightning's, which ends without saving; Lightning puts back what was before.
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # In place of Lightning's, which is set by now: it ends without saving, and puts back what
+        # was before.
         signal.signal(signal.SIGTERM, self._tell)
 
     def _tell(self, *_: Any) -> None:

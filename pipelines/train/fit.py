@@ -58,8 +58,9 @@ def run(params: Params) -> None:
 
 def _key(params: Params) -> str:
     """The name of all that the weights depend on."""
-    code = [*sorted(Path(__file__).parent.rglob("*.py")), Path(metrics.__file__)]
-    made_of = {path.name: stage.sha256(path) for path in code}
+    here, package = Path(__file__).parent, Path(metrics.__file__).parent
+    code = [*here.rglob("*.py"), Path(metrics.__file__)]
+    made_of = {str(path.relative_to(package)): stage.sha256(path) for path in sorted(code)}
     made_of |= {name: version(name) for name in ("torch", "pytorch-lightning", "numpy")}
     made_of["features"] = stage.digest(data.FEATURES)
     made_of["fit"] = params.fit.model_dump_json(exclude={"checkpoint"})

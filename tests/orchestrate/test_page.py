@@ -20,6 +20,8 @@ SHOTS = ROOT / ".state" / "screenshots"
 # Nothing but the page itself is asked for: a browser at rest calls its makers.
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+# The servers share the machine with the other tests.
+PATIENCE = 60_000  # milliseconds
 pytestmark = [
     pytest.mark.airflow,
     pytest.mark.skipif(
@@ -34,7 +36,8 @@ def page() -> Iterator[Page]:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         opened = browser.new_page(viewport={"width": 1400, "height": 900})
-        opened.set_default_timeout(30_000)
+        opened.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
         yield opened
         browser.close()
 

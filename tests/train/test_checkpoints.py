@@ -6,12 +6,13 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from world import Checkout
 
@@ -88,21 +89,26 @@ def test_what_has_no_form_is_refused() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
-def test_a_changed_byte_is_seen(
+@example(230, ord(" ") ^ ord("\t"))  # in the header, where JSON takes one for the other
+def test_a_changed_byte_is_seen_or_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, place: int, change: int
 ) -> None:
-    content = bytearray(checkpoints.pack({"step": 3, "weights": torch.randn(20)}))
+    weights = torch.randn(20)
+    content = bytearray(checkpoints.pack({"step": 3, "weights": weights}))
     content[place % len(content)] ^= change
     path = tmp_path_factory.mktemp("changed") / "one.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=str(path)):
-        checkpoints.unpack(path)
+    back = {"step": 3, "weights": weights}
+    with suppress(ValueError):
+        back = checkpoints.unpack(path)
+    assert back["step"] == 3
+    assert torch.equal(back["weights"], weights)
 
 
 @pytest.fixture
 def long(features: Checkout) -> Checkout:
-    """A fit of some seconds, saved at every step."""
-    features.set(fit={"max_epochs": 3, "checkpoint": {"seconds": 60, "steps": 1}})
+    """A fit of some hundred steps, saved at each."""
+    features.set(fit={"max_epochs": 3, "batch_size": 32, "checkpoint": {"seconds": 60, "steps": 1}})
     return features
 
 
@@ -122,11 +128,11 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(long: Checkout) -> None:
         process = long.start("pipelines.train.fit")
         while _saved() == before and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.random() * 0.2)
+        time.sleep(chance.random() * 0.1)
         process.kill()
         out, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was done before it was killed"
         begun |= set(re.findall(r"going on after step \d+", out))
-        assert not list(Path().rglob("*.partial")) or process.returncode == -signal.SIGKILL
         assert len(_saved()) <= checkpoints.KEPT + 1
     assert len(begun) > 2, "no attempt went on where another stood"
     last = long.run("pipelines.train.fit")
