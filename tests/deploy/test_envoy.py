@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -188,6 +189,21 @@ def test_a_timeout_is_not_tried_again(proxy: Proxy) -> None:
     assert proxy.ask() == 504
     assert slow.asked == 1
     until(lambda: proxy.admin.counted("c").broken == 1)
+
+
+def test_beyond_the_breaker_a_caller_is_told_to_come_again(tmp_path: Path, params: Params) -> None:
+    """No 5xx for him; for who judges the slot it is one, since its slowness may be the reason."""
+    with proxied(tmp_path, free(params.traffic, max_requests=2), params.serve) as proxy:
+        proxy.routes({"c": [Replica(200, after=0.3)]}, [Way(100, "c")])
+        with ThreadPoolExecutor(20) as pool:
+            answers = [pool.submit(proxy.answer, "/predict", b"{}") for _ in range(20)]
+        told = [one.result() for one in answers]
+        refused = [one for one in told if one.status == 429]
+        assert {one.status for one in told} == {200, 429}
+        assert {one.headers["retry-after"] for one in refused} == {"1"}
+        expected = {"error": "too many requests at once; at most 2"}
+        assert json.loads(refused[0].read()) == expected
+        until(lambda: proxy.admin.counted("c").broken == len(refused))
 
 
 def test_no_header_of_a_caller_sets_how_it_is_tried(proxy: Proxy) -> None:
