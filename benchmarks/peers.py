@@ -16,6 +16,8 @@ from pipelines import params as parameters
 from pipelines.ingest import datasets, featurize, load, validate
 from pipelines.params import Params
 
+# The months whose features are asked for.
+ALL = {"first": "1900-01-01T00:00:00Z", "until": "2900-01-01T00:00:00Z"}
 TYPES = {"int": "BIGINT", "float": "DOUBLE", "string": "VARCHAR", "timestamp": "TIMESTAMPTZ"}
 BROKEN = {
     "expect_column_values_to_not_be_null": "{column} is null",
@@ -147,7 +149,10 @@ def transpiled(sql: str, params: Params) -> str:
     from sqlglot import exp
 
     values = {
-        "as_of": exp.cast(exp.Literal.string(params.as_of.isoformat()), "timestamptz"),
+        **{
+            name: exp.cast(exp.Literal.string(text), "timestamptz")
+            for name, text in (("as_of", params.as_of.isoformat()), *ALL.items())
+        },
         **{
             name: exp.Literal.number(getattr(params.dataset, name))
             for name in ("horizon_minutes", "lookback_days", "settle_days")

@@ -14,7 +14,7 @@ rest.
 """
 
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +56,15 @@ class Accepted:
 
     def of(self, first: str, last: str) -> list[str]:
         """The months of events that the features of these months and those between are made of."""
+        touched = months.between(self.since(first), months.end(last))
+        return [name for name in self.files if name in touched]
+
+    def since(self, first: str) -> datetime:
+        """The first moment of which the features of this month and later ones see an event."""
         # What is asked for is known before the event, and is of events settled by then.
         days = self.dataset.lookback_days + self.dataset.settle_days
         reach = timedelta(days=days, minutes=self.dataset.horizon_minutes)
-        touched = months.between(months.begin(first) - reach, months.end(last))
-        return [name for name in self.files if name in touched]
+        return months.begin(first) - reach
 
     def key(self, month: str) -> str:
         """The name of all that a month of features is made of."""
@@ -92,16 +96,23 @@ def _make(accepted: Accepted, new: Sequence[str], out: Path) -> int:
 
 def _frames(accepted: Accepted, new: Sequence[str], spark: "SparkSession") -> Iterator["DataFrame"]:
     """The features of the months, some months at a time."""
+    from pyspark.sql import functions as F
+
     from pipelines import engine
 
     dataset = accepted.dataset
     rows = {name: pq.read_metadata(file).num_rows for name, file in accepted.files.items()}
     for run in months.runs(new, rows, engine.ROWS):
         paths = [str(accepted.files[name].resolve()) for name in accepted.of(run[0], run[-1])]
-        spark.read.parquet(*paths).createOrReplaceTempView("accepted")
-        frame = spark.sql(
-            datasets.sql(dataset.name, "features"), args={"lookback_days": dataset.lookback_days}
-        )
+        seen = F.col(dataset.time) >= F.lit(accepted.since(run[0]))
+        spark.read.parquet(*paths).where(seen).createOrReplaceTempView("accepted")
+        settings = {
+            "first": months.begin(run[0]),
+            "until": months.end(run[-1]),
+            "lookback_days": dataset.lookback_days,
+        }
+        frame = spark.sql(datasets.sql(dataset.name, "features"), args=settings)
+        # Also where the SQL does not mind what is asked for: other months it has seen in part.
         yield months.only(typed(frame, accepted.params), dataset.time, run)
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,7 @@ QUARANTINE = Path("data/quarantine")
 DOCS = Path("reports/validate/data_docs")
 VERDICT = Path("reports/validate/verdict.json")
 SUITES = Path("expectations")
+MONTHS = 2  # are divided at once, so that memory holds two
 REASONS = pa.field("reasons", pa.list_(pa.string()))
 
 
@@ -255,21 +257,24 @@ def _divide(reasons: dict[tuple[Any, ...], list[str]], names: list[str]) -> None
     by_month: defaultdict[str, dict[tuple[Any, ...], list[str]]] = defaultdict(dict)
     for row, why in reasons.items():
         by_month[f"{row[0].astimezone(UTC):%Y-%m}"][row] = why
-    apart = 0
     with stage.fresh(ACCEPTED) as accepted, stage.fresh(QUARANTINE) as quarantine:
-        for file in tables.months(EVENTS):
-            if not (here := by_month[file.stem]):
+
+        def divide_month(file: Path) -> int:
+            if not (here := by_month.get(file.stem)):
                 (accepted / file.name).hardlink_to(file)
                 none = pq.read_schema(file).append(REASONS).empty_table()
                 tables.write(none, quarantine / file.name)
-                continue
+                return 0
             month = pq.read_table(file)
             column = pa.array(_reasons(month, here, names), REASONS.type)
             good = pc.is_null(column)
-            apart += month.num_rows - pc.sum(good).as_py()
             tables.write(month.filter(good), accepted / file.name)
             broken = month.append_column(REASONS, column).filter(pc.invert(good))
             tables.write(broken, quarantine / file.name)
+            return int(broken.num_rows)
+
+        with ThreadPoolExecutor(MONTHS) as pool:
+            apart = sum(pool.map(divide_month, tables.months(EVENTS)))
         if apart != len(reasons):
             raise RuntimeError(f"{len(reasons)} rows are broken, but {apart} were found by key")
 

@@ -1,5 +1,6 @@
 -- One row per flight whose arrival is known: what was known at its prediction time, and whether it was late.
--- View: accepted. Parameter: :lookback_days, further than which no level and no aircraft's past reaches.
+-- View: accepted. Parameters: :first and :until, between which the flights lie that are asked for; and
+-- :lookback_days, further than which no level and no aircraft's past reaches.
 --
 -- Rolling levels stand on two grids: ten minutes for the state of the moment, days (cut at 08:00 UTC, when
 -- New York sleeps) for habits. An observation moves up to the next point of its grid, a question moves down:
@@ -17,6 +18,10 @@ with flights as (
         from_utc_timestamp(scheduled_at, 'America/New_York') as local_time,
         case when arr_delay > 15 then 1 else 0 end as label
     from accepted
+),
+
+questions as (
+    select * from flights where scheduled_at >= :first and scheduled_at < :until
 ),
 
 -- What became known, and when. Delays are clipped: one flight must not be the level of an airport.
@@ -50,7 +55,7 @@ ticks as (
     from seen
     union all
     select origin, dest, carrier, tick, cast(null as bigint), 0, 0, 0, 0, 0, 0, 0
-    from flights
+    from questions
 ),
 
 days as (
@@ -60,7 +65,7 @@ days as (
     from seen
     union all
     select origin, dest, carrier, flight, day, cast(null as bigint), 0, 0, 0, 0
-    from flights
+    from questions
 ),
 
 origin_now as (
@@ -219,7 +224,7 @@ tail_now as (
         union all
         select distinct
             tailnum, asked, 1, cast(null as bigint), cast(null as bigint), cast(null as bigint)
-        from flights
+        from questions
         where tailnum is not null
     ) as line
     window ever as (
@@ -295,7 +300,7 @@ select
     least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 24), 48) as tail_slack_24_48,
     least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 48), 72) as tail_slack_48_72,
     least(greatest((unix_timestamp(f.scheduled_at) - t.back) / 60, 72), 120) as tail_slack_72_120
-from flights as f
+from questions as f
 left join origin_now as o on f.origin = o.origin and f.tick = o.tick
 left join carrier_origin_now as co
     on f.carrier = co.carrier and f.origin = co.origin and f.tick = co.tick
