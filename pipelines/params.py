@@ -9,7 +9,6 @@ from zoneinfo import available_timezones
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,12 +35,6 @@ def _moment(value: object) -> datetime:
         raise ValueError("in UTC this is no year of the calendar") from None
 
 
-def _one(count: int) -> int:
-    if count != 1:
-        raise ValueError("training over several devices is not built; expected 1")
-    return count
-
-
 class _Block(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,7 +42,6 @@ class _Block(BaseModel):
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-One = Annotated[int, AfterValidator(_one)]
 Names = Annotated[list[str], Field(min_length=1)]
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -187,8 +179,8 @@ class Trainer(_Block):
     """The hardware of training, in Lightning's words."""
 
     accelerator: Literal["cpu", "gpu", "auto"]
-    devices: One
-    nodes: One
+    devices: Positive  # of each node
+    nodes: Positive
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     threads: Positive
 

@@ -29,6 +29,9 @@ from pipelines.recorder import Recorder
 
 # What belongs to this machine and not to the graph: tracking store, timings, scratch. Git-ignored.
 STATE = Path(".state")
+# Of processes that do one stage together (torchrun and Lightning number them), the first alone
+# speaks and leaves something behind.
+RANK = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 
 
 def main(run: Callable[[Params], None]) -> None:
@@ -43,6 +46,8 @@ def main(run: Callable[[Params], None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     stage = name.rpartition(".")[2]
+    if RANK:
+        sys.exit(guarded(f"{stage}, rank {RANK}", run))
     status = guarded(stage, partial(_recorded, stage, run))
     _record_usage(stage, status)
     sys.exit(status)
@@ -175,7 +180,8 @@ def search_path() -> str:
 
 def say(stage: str, text: str) -> None:
     """One line of progress."""
-    print(f"{stage}: {text}", flush=True)
+    if not RANK:
+        print(f"{stage}: {text}", flush=True)
 
 
 @contextmanager

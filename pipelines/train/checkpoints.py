@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from pipelines import stage
-from pipelines.errors import TransientError
+from pipelines.errors import TransientError, UserError
 from pipelines.params import Checkpoint
 
 FOLDER = stage.STATE / "fit"
@@ -141,6 +141,12 @@ class Checkpoints(pl.Callback):
         # In place of Lightning's, which is set by now: it ends without saving, and puts back what
         # was before.
         signal.signal(signal.SIGTERM, self._tell)
+        first = trainer.strategy.broadcast(trainer.global_step)
+        if first != trainer.global_step:
+            raise UserError(
+                f"{self.folder}: its newest is step {trainer.global_step} here and {first} for the "
+                "first process; expected a folder that all nodes share"
+            )
 
     def _tell(self, *_: Any) -> None:
         """SIGTERM: the step that runs ends, and is saved."""
@@ -157,11 +163,11 @@ class Checkpoints(pl.Callback):
         if at + 1 >= trainer.num_training_batches:
             return  # between two epochs Lightning is not where it says
         # All processes or none: to save takes all of them.
-        told = trainer.strategy.reduce_boolean_decision(self.told, all=False)
-        if told or trainer.strategy.reduce_boolean_decision(self._due(trainer), all=False):
+        if _any(trainer, self.told or self._due(trainer)):
             self._save(trainer)
-        if told:
-            raise TransientError(f"told to end; step {trainer.global_step} is saved: run again")
+            if _any(trainer, self.told):
+                step = trainer.global_step
+                raise TransientError(f"told to end; step {step} is saved: run again")
 
     def _due(self, trainer: pl.Trainer) -> bool:
         if self.every.steps is not None and trainer.global_step % self.every.steps == 0:
@@ -192,6 +198,11 @@ class Checkpoints(pl.Callback):
         self.random, module.seen = mine["random"], mine["seen"]
         if trainer.is_global_zero:
             stage.say("fit", f"going on after step {checkpoint['global_step']}")
+
+
+def _any(trainer: pl.Trainer, mine: bool) -> bool:
+    """Whether it is so in any process."""
+    return trainer.strategy.reduce_boolean_decision(mine, all=False)
 
 
 def _random() -> list[torch.Tensor]:

@@ -129,7 +129,10 @@ def canary_auc(params: Params, scratch: Path) -> float:
         name: data.materialise(encoding, name, scratch / "canary")
         for name in ("train", "val", "test")
     }
-    short = params.fit.model_copy(update={"max_epochs": params.evaluate.canary_epochs})
+    alone = params.fit.trainer.model_copy(update={"devices": 1, "nodes": 1})
+    short = params.fit.model_copy(
+        update={"max_epochs": params.evaluate.canary_epochs, "trainer": alone}
+    )
     model, _ = train_network(encoding, rows["train"], rows["val"], short, scratch)
     return metrics.point(rows["test"].labels, model.predict(rows["test"]))["auc"]
 

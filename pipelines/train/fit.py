@@ -13,6 +13,7 @@ saves, and is a fault: a scheduler tries again.
 """
 
 import math
+import os
 import shutil
 import time
 from importlib.metadata import version
@@ -24,6 +25,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from pipelines import metrics, stage, tracking
+from pipelines.errors import UserError
 from pipelines.params import Fit, Params
 from pipelines.train import checkpoints, data, fitted, models
 from pipelines.train.checkpoints import Checkpoints, Plain
@@ -37,14 +39,19 @@ Epoch = dict[str, float]
 
 def run(params: Params) -> None:
     features = params.dataset.features
-    with stage.scratch("fit") as scratch, stage.fresh(fitted.FOLDER) as out:
+    if params.fit.trainer.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise UserError("fit.trainer.nodes: several are started by torchrun, one on each node")
+    with stage.scratch(f"fit{stage.RANK or ''}") as scratch:
         encoding = data.learn(features.categories, features.numbers)
         train, val = (data.materialise(encoding, split, scratch) for split in ("train", "val"))
         stage.say(
             "fit", f"{params.fit.model} on {len(train):,} train and {len(val):,} validation rows"
         )
-        with tracking.run(params, "fit") as logger:
-            saved = checkpoints.sweep(_key(params))
+        saved = checkpoints.sweep(_key(params))
+        if stage.RANK:
+            train_network(encoding, train, val, params.fit, saved)
+            return
+        with stage.fresh(fitted.FOLDER) as out, tracking.run(params, "fit") as logger:
             model, epochs = train_network(encoding, train, val, params.fit, saved, logger)
             fitted.save(model, params.fit, out)
             stage.write_json(out / fitted.CURVES, epochs)
@@ -113,7 +120,10 @@ def _repeatable(fit: Fit) -> None:
 
     pl.seed_everything(fit.seed, verbose=False)
     torch.set_num_threads(fit.trainer.threads)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    # Lightning, and the processes that it starts, would choose another number.
+    os.environ["OMP_NUM_THREADS"] = str(fit.trainer.threads)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # More workers would copy batches between processes; they are slices of mapped memory already.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -5,6 +5,7 @@ A head maps codes (rows, categories) and encoded numbers (rows, width) to logits
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,26 +36,46 @@ class BinaryModule(pl.LightningModule):
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         codes, numbers, labels = batch
         logits = self.head(codes, numbers)
-        loss = F.binary_cross_entropy_with_logits(logits, labels[:, None].expand_as(logits))
-        self.seen = self.seen.to(loss.device)
-        self.seen += torch.stack([loss.detach() * len(labels), loss.new_tensor(len(labels))])
-        return loss
+        losses = F.binary_cross_entropy_with_logits(
+            logits, labels[:, None].expand_as(logits), reduction="sum"
+        )
+        total = losses.detach() / logits.shape[1]
+        self.seen = self.seen.to(total.device)
+        self.seen += torch.stack([total, total.new_tensor(len(labels))])
+        # DDP takes the mean over processes, whose parts of the last batch differ by a row.
+        batches = cast(Batches, self.trainer.train_dataloader)
+        mean: torch.Tensor = losses / (logits.shape[1] * batches.given / self.trainer.world_size)
+        return mean
 
     def validation_step(self, batch: Batch, _: int) -> None:
         codes, numbers, labels = batch
         self._seen.append((probability(self.head(codes, numbers)), labels))
 
+    def on_fit_start(self) -> None:
+        if self.global_rank:  # or all would drop out the same units
+            torch.manual_seed(self.options.seed + self.global_rank)
+
     def on_validation_epoch_end(self) -> None:
-        predicted, labels = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        seen = torch.cat([torch.stack(batch) for batch in self._seen], dim=1)
         self._seen.clear()
         # NumPy has no bfloat16, which a mixed precision gives.
-        figures = metrics.point(labels.cpu().numpy().astype(int), predicted.float().cpu().numpy())
-        # Each device sees its own rows; the mean over devices is what stops training.
+        predicted, labels = np.concatenate(self._gathered(seen.float().cpu().numpy()), axis=1)
+        figures = metrics.point(labels.astype(int), predicted)
+        # Equal in all processes already; Lightning warns where it is not told to make them so.
         self.log("val_loss", figures["log_loss"], sync_dist=True)
         self.log("val_auc", figures["auc"], sync_dist=True)
         # Here, since callbacks read it before the hook for the end of an epoch.
-        self.log("train_loss", self.seen[0] / self.seen[1], sync_dist=True)
+        losses, rows = np.sum(self._gathered(self.seen.cpu().numpy()), axis=0)
+        self.log("train_loss", losses / rows, sync_dist=True)
         self.seen.zero_()
+
+    def _gathered(self, mine: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """The arrays of all processes, of any lengths."""
+        if self.trainer.world_size == 1:
+            return [mine]
+        all_ = [mine] * self.trainer.world_size
+        torch.distributed.all_gather_object(all_, mine)
+        return all_
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weight decay on matrices only, one cycle of the learning rate (Smith & Topin
@@ -123,6 +144,11 @@ class Batches:
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
+
+    @property
+    def given(self) -> int:
+        """The rows of the batch that came last, all parts together."""
+        return min(self.size, len(self.rows) - (self.place - 1) * self.size)
 
     def __iter__(self) -> Iterator[Batch]:
         # Who takes all batches need not ask for one more: an epoch ends where the next begins.
