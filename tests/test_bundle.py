@@ -79,6 +79,16 @@ def _repeating(model: onnx.ModelProto) -> None:
         last = f"more{number}"
 
 
+def _adding_up(model: onnx.ModelProto) -> None:
+    """Forty values of a size that is allowed to one."""
+    shape = helper.make_tensor("wide", TensorProto.INT64, [1], [1 << 17])
+    model.graph.initializer.append(shape)
+    model.graph.node.append(helper.make_node("ConstantOfShape", ["wide"], ["sum0"]))
+    for number in range(40):
+        more = helper.make_node("Exp", [f"sum{number}"], [f"sum{number + 1}"])
+        model.graph.node.append(more)
+
+
 def _by_data(model: onnx.ModelProto) -> None:
     """How much it wants only a caller's number says."""
     cast = helper.make_node("Cast", ["x"], ["length"], to=TensorProto.INT64)
@@ -145,6 +155,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     ),
     "a constant of terabytes": _model(_unfolding),
     "a constant in ten steps": _model(_repeating),
+    "values that add up": _model(_adding_up),
     "a size that the caller says": _model(_by_data),
     "a sparse tensor of terabytes": _model(_sparse),
     "a tensor that says more than it holds": _model(

@@ -62,11 +62,25 @@ def prepare(folder: Path, traffic: Traffic, serve: Serve) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     bootstrap = folder / "bootstrap.yaml"
     with stage.whole(bootstrap) as partial:
-        values = serve.model_dump() | {"folder": folder.resolve()}
+        values = serve.model_dump() | {
+            "folder": folder.resolve(),
+            "connections": _allowed(traffic, serve),
+        }
         partial.write_text(yaml.safe_dump(_render("bootstrap", traffic, **values)))
     clusters(folder, traffic, [])
     routes(folder, traffic, [])
     return bootstrap
+
+
+def _allowed(traffic: Traffic, serve: Serve) -> int:
+    """So many callers may be connected that files are left for connections to replicas: without
+    one, Envoy answers nobody. Its limit of open files is this process'.
+    """
+    from pipelines.deploy.serve.connection import allow
+
+    asking = 2 * traffic.max_requests
+    files = allow(serve.max_connections + asking)
+    return min(serve.max_connections, max(files - asking, files // 2))
 
 
 def clusters(folder: Path, traffic: Traffic, names: list[str]) -> str:

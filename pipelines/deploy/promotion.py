@@ -196,11 +196,19 @@ def challenge(held: Registry, version: int) -> None:
     held.store.set_registered_model_alias(held.model, CHALLENGER, str(version))
 
 
-def follow(held: Registry, target: Target, entry: Entry) -> None:
-    """Serve the log's champion, where anything is served and that is another bundle."""
-    if target.up() and target.serving().get("champion") != entry.bundle:
+def follow(held: Registry, target: Target) -> None:
+    """Serve the log's champion, where anything is served.
+
+    Also where it is served: another may be on its way. And again where the log went on meanwhile:
+    of two that follow at once, the last to end serves the newest.
+    """
+    entry, followed = held.champion(), None
+    while entry is not None and entry != followed and target.up():
+        before = target.serving().get("champion")
         targets.serve(target, held, "champion", entry.version)
-        stage.say("promotion", f"version {entry.version} is served as champion")
+        if before != entry.bundle:
+            stage.say("promotion", f"version {entry.version} is served as champion")
+        entry, followed = held.champion(), entry
 
 
 def status(held: Registry, target: Target) -> list[str]:
@@ -232,19 +240,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _do(held: Registry, params: Params, given: argparse.Namespace) -> None:
-    target, entry = targets.of(params), None
+    target = targets.of(params)
     match given.verb:
         case "promote":
             approval.refuse_without(held, params, given.version)
-            entry = promote(held, given.version, given.replaces, given.who, given.why)
+            promote(held, given.version, given.replaces, given.who, given.why)
+            follow(held, target)
         case "roll-back":
-            entry = roll_back(held, given.replaces, given.who, given.why)
+            roll_back(held, given.replaces, given.who, given.why)
+            follow(held, target)
         case "reconcile":
-            entry = reconcile(held)
+            reconcile(held)
+            follow(held, target)
         case "challenge":
             challenge(held, given.version)
-    if entry is not None:
-        follow(held, target, entry)
     print("\n".join(status(held, target)))
 
 

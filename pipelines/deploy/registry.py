@@ -81,8 +81,13 @@ class Registry:
         return next(iter(self.holders(digest)), None)
 
     def tag(self, number: int, tags: Mapping[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
         for name, value in tags.items():
-            self.store.set_model_version_tag(self.model, str(number), name, value)
+            try:
+                self.store.set_model_version_tag(self.model, str(number), name, value)
+            except MlflowException:  # of two that write a tag for the first time, one fails
+                self.store.set_model_version_tag(self.model, str(number), name, value)
 
     def untag(self, number: int, name: str) -> None:
         if name in self.version(number).tags:

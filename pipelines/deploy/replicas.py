@@ -19,6 +19,8 @@ FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 FORGIVEN = 10.0
 # One that Envoy finds unhealthy for so long hangs, or will never start.
 HUNG = 60.0
+# Where none of a release was healthy for so long, another may take its place before it is whole.
+LOST = 3.0
 # One that was told to end and does not, ends anyway.
 DRAIN = 30.0
 # Where the last word of one that ended stands.
@@ -38,11 +40,14 @@ class Replica:
     since: float | None = None  # since when it is healthy
     leaving: float | None = None  # since when it gets no new requests
     told: bool = False
+    hung: bool = False
 
-    def note(self, healthy: bool, now: float) -> None:
-        if healthy:
+    def note(self, healthy: bool | None, now: float) -> None:
+        """What Envoy says of it; None where Envoy could not be asked, which is no fault of it."""
+        if healthy is not False:
             self.well = now
-        self.since = (self.since or now) if healthy else None
+        if healthy is not None:
+            self.since = (self.since or now) if healthy else None
 
     def end(self, now: float) -> None:
         """Take it off the endpoints, a moment later tell it to drain, and in the end insist."""
@@ -62,6 +67,7 @@ class Group:
         self.log = folder / "logs" / f"{started.name}.log"
         self.replicas: list[Replica] = []
         self.restarts = 0
+        self.well = time.monotonic()  # when one of them was last healthy
         # By turn: how many in a row ended before they were of use; and what the last of them said.
         self.stillborn: Counter[int] = Counter()
         self.last_word = ""
@@ -76,19 +82,29 @@ class Group:
     def ready(self) -> list[Replica]:
         return [one for one in self.replicas if one.since is not None and one.leaving is None]
 
-    def settle(self, wanted: int, turn: int, healthy: set[int]) -> None:
-        """One small step towards `wanted` replicas of this turn.
+    @property
+    def lost(self) -> bool:
+        """Whether none of them has been healthy for a while."""
+        return time.monotonic() - self.well > LOST
+
+    def settle(self, wanted: int, turn: int, healthy: set[int] | None) -> None:
+        """One small step towards `wanted` replicas of this turn; None is healthy where Envoy could
+        not be asked.
 
         A replacement is healthy before the replica it replaces leaves: their number never falls.
         """
         now = time.monotonic()
         self._bury(now)
         for one in self.replicas:
-            if one.port in healthy and one.since is None:
+            well = None if healthy is None else one.port in healthy
+            if well and one.since is None:
                 self.stillborn[one.turn] = 0
-            one.note(one.port in healthy, now)
+            one.note(well, now)
             if one.leaving is None and now - one.well > HUNG:
+                one.hung = True
                 one.process.kill()
+        if healthy is None or any(one.port in healthy for one in self.replicas):
+            self.well = now
         staying = [one for one in self.replicas if one.leaving is None]
         new = [one for one in staying if one.turn >= turn]
         old = [one for one in staying if one.turn < turn]
@@ -122,7 +138,11 @@ class Group:
                 self.restarts += 1
                 if one.since is None:
                     self.stillborn[one.turn] += 1
-                    self.last_word = last_word(self.log)
+                    self.last_word = (
+                        f"it was not healthy for {HUNG:.0f} s"
+                        if one.hung
+                        else last_word(self.log, one.process)
+                    )
                 settled = one.since is not None and now - one.since > FORGIVEN
                 self.delay = FIRST_DELAY if settled else min(2 * self.delay, LAST_DELAY)
                 self.not_before = now + self.delay
@@ -148,14 +168,18 @@ class Group:
         return Replica(process, port, turn)
 
 
-def last_word(log: Path) -> str:
-    """The last line that is no record, of which those that live write more: why a process ended."""
+def last_word(log: Path, ended: subprocess.Popen[bytes]) -> str:
+    """Why a process ended: the last line that is no record, of which those that live write more;
+    or how it ended.
+    """
+    code = ended.returncode
+    how = f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
     lines: list[str] = []
     if log.exists():
         with log.open("rb") as held:
             held.seek(max(0, log.stat().st_size - TAIL))
             lines = held.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line and line[0] != "{"), "no word")
+    return next((line for line in reversed(lines) if line and line[0] != "{"), how)
 
 
 def free_port() -> int:

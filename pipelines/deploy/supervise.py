@@ -30,6 +30,7 @@ from pipelines.params import Serve, Traffic
 
 TICK = 0.1  # seconds
 REPORT = 0.4
+SILENT = 10.0  # an Envoy that tells nothing for so long is replaced
 GOING = 3.0  # until the Envoy of a supervisor that was killed is gone
 REPLICA = (sys.executable, "-m", "pipelines.deploy.serve")
 
@@ -50,6 +51,7 @@ class Supervisor:
         self.proxy: subprocess.Popen[bytes] | None = None
         # Of the proxy: when it began, how often in a row it fell soon, and its last word.
         self.begun, self.falls, self.last_word = 0.0, 0, ""
+        self.heard = time.monotonic()  # when it last told who is healthy
         self.wanted = Desired()
         # Who answers the callers: the champion, once it is healthy for the first time.
         self.answering: Started | None = None
@@ -112,14 +114,17 @@ class Supervisor:
         log.parent.mkdir(exist_ok=True)
         if time.monotonic() - self.begun > FORGIVEN:
             self.falls = 0
+        if self.proxy is not None and time.monotonic() - self.heard > SILENT:
+            self.proxy.kill()  # it lives and does not answer
+            self.proxy.wait()
         if self.proxy is not None and self.proxy.poll() is None:
             return
         if self.proxy is not None:
             self.falls += 1
-            self.last_word = last_word(log)
+            self.last_word = last_word(log, self.proxy)
             _release(self.proxy)
             time.sleep(1)  # one that cannot start must not spin
-        self.begun = time.monotonic()
+        self.begun = self.heard = time.monotonic()
         with log.open("ab") as out:
             self.proxy = subprocess.Popen(
                 envoy.command(bootstrap, log),
@@ -132,33 +137,35 @@ class Supervisor:
     def _settle(self) -> None:
         """One step of everything towards what should be."""
         self.wanted = serving.desired(self.folder).held()
-        healthy: dict[str, set[int]] = {}
+        healthy: dict[str, set[int]] | None = None
         with suppress(OSError, ValueError):
             healthy = self.admin.healthy()
+            self.heard = time.monotonic()
         slots = self.wanted.slots()
         for started in slots.values():
             if started.name not in self.groups:
                 self.counts[started.name] = Counts()
                 self.groups[started.name] = Group(self.folder, self.program, started)
-        self._answer(healthy)
+        self._answer()
         kept = {started.name for started in slots.values()}
         kept |= {self.answering.name} if self.answering else set()
         for name, group in list(self.groups.items()):
             # What Envoy still sends requests to must not end.
             if name in kept or self._routed(name):
-                group.settle(self.traffic.replicas, self.wanted.restarts, healthy.get(name, set()))
+                well = None if healthy is None else healthy.get(name, set())
+                group.settle(self.traffic.replicas, self.wanted.restarts, well)
             elif group.stop():
                 del self.groups[name]
         self._publish()
 
-    def _answer(self, healthy: dict[str, set[int]]) -> None:
+    def _answer(self) -> None:
         """Follow the champion; a new one takes over once all its replicas are healthy."""
         champion = self.wanted.champion
         if champion is None or self.answering == champion:
             return
         group = self.groups[champion.name]
         ready = len(group.ready) >= self.traffic.replicas
-        if ready or self.answering is None or not healthy.get(self.answering.name):
+        if ready or self.answering is None or self.groups[self.answering.name].lost:
             self.answering = champion
 
     def _publish(self) -> None:

@@ -25,7 +25,9 @@ def of(digest: str) -> str:
 
 
 def around(app: App, fault: str) -> App:
-    """The app with a fault: errors | slow | memory | crash, or as it is."""
+    """The app with a fault: errors | slow | memory | crash, or as it is. `never` is the
+    stand-in's own: it is not ready, ever.
+    """
     random.seed(os.getpid())
     leaked: list[bytearray] = []
 

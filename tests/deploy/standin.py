@@ -57,7 +57,7 @@ class Standin:
 
     def _answer(self, path: str, body: bytes) -> tuple[int, str]:
         if path == "/v2/health/ready":
-            return (503 if self.draining else 200), ""
+            return (503 if self.draining or self.fault == "never" else 200), ""
         if path == "/metrics":
             return 200, self._metrics()
         if path != "/predict":

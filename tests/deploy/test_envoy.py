@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -204,6 +205,32 @@ def test_beyond_the_breaker_a_caller_is_told_to_come_again(tmp_path: Path, param
         expected = {"error": "too many requests at once; at most 2"}
         assert json.loads(refused[0].read()) == expected
         until(lambda: proxy.admin.counted("c").broken == len(refused))
+
+
+def test_one_connection_too_many_is_let_go_and_envoy_tells_on(
+    tmp_path: Path, params: Params
+) -> None:
+    serve = params.serve.model_copy(update={"max_connections": 20})
+    with proxied(tmp_path, free(params.traffic), serve) as proxy:
+        proxy.routes({"c": [Replica(200)]}, [Way(100, "c")])
+        address = ("127.0.0.1", proxy.traffic.port)
+        with ExitStack() as held:
+            for _ in range(20):
+                held.enter_context(socket.create_connection(address))
+            until(lambda: _let_go(address))
+            assert proxy.admin.healthy()["c"]
+        until(lambda: proxy.ask() == 200)
+
+
+def _let_go(address: tuple[str, int]) -> bool:
+    with socket.create_connection(address) as more:
+        more.settimeout(1)
+        try:
+            return more.recv(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            return True
 
 
 def test_no_header_of_a_caller_sets_how_it_is_tried(proxy: Proxy) -> None:

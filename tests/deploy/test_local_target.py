@@ -23,7 +23,7 @@ from world import ROOT, Checkout
 
 from pipelines import bundle, stage
 from pipelines.deploy import serving
-from pipelines.deploy.replicas import last_word
+from pipelines.deploy.replicas import LOST, last_word
 from pipelines.deploy.supervise import REPLICA, Supervisor
 from pipelines.deploy.targets import Release
 from pipelines.deploy.targets.local import Local
@@ -125,6 +125,40 @@ def test_a_killed_envoy_is_started_again_and_counts_go_on(here: Served) -> None:
     os.kill(here.status().envoy, signal.SIGKILL)
     until(lambda: here.ask(1)[digest] == 1)
     until(lambda: here.target.observe()["champion"].requests >= 21)
+
+
+def test_an_envoy_that_hangs_is_replaced_and_no_replica_pays_for_it(here: Served) -> None:
+    digest, before, pids = _champion(here).digests[0], here.status().envoy, _champion(here).pids
+    os.kill(before, signal.SIGSTOP)
+    until(lambda: here.status().envoy not in (0, before), 30)
+    until(lambda: here.ask(1)[digest] == 1)
+    assert _champion(here).pids == pids
+
+
+def test_while_a_new_champion_is_not_ready_the_old_one_answers_a_new_envoy_too(
+    tmp_path: Path, params: Params
+) -> None:
+    old, never = release(tmp_path, 1), release(tmp_path, 2)
+    with served(tmp_path / "serving", params, faults={never.digest: "never"}) as here:
+        here.target.start("champion", old)
+        until(lambda: here.target.healthy("champion"))
+        here.target.start("champion", never)
+        until(lambda: len(serving.desired(here.folder).slots()) == 1)
+        time.sleep(2)  # the new one runs, and is not ready
+        os.kill(here.status().envoy, signal.SIGKILL)
+        until(lambda: here.ask(1)[old.digest] == 1)
+        time.sleep(LOST + 2)
+        assert here.ask(20) == {old.digest: 20}
+
+
+def test_who_comes_back_is_not_backed_by_who_is_taken_back(tmp_path: Path) -> None:
+    target = Local(tmp_path / "serving")
+    first, second = release(tmp_path, 1), release(tmp_path, 2)
+    backed = []
+    for one in (first, second, first, second):
+        target.start("champion", one)
+        backed.append(serving.desired(target.folder).slots()["champion"].fallback)
+    assert backed == [None, first.digest, None, first.digest]
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_goes_on(here: Served) -> None:
@@ -289,7 +323,11 @@ def test_the_last_word_is_read_from_the_end_of_a_log(tmp_path: Path) -> None:
         out.truncate(2**40)
         out.seek(0, os.SEEK_END)
         out.write(b"\nwhy it ended\n" + b'{"event": "answered"}\n' * 100)
-    assert last_word(log) == "why it ended"
+    ended = subprocess.Popen(["sleep", "60"])
+    ended.kill()
+    ended.wait()
+    assert last_word(log, ended) == "why it ended"
+    assert last_word(tmp_path / "none", ended) == "ended by signal 9"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"at": "x"}', '{"at": 1e18, "slots": {"a": 1}}'])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from world import Checkout
 
 from pipelines import exchange, tracking
-from pipelines.deploy import approval, promotion, registry
+from pipelines.deploy import approval, promotion, registry, targets
 from pipelines.deploy.registry import CHALLENGER, CHAMPION, ConflictError, Entry, Registry
+from pipelines.deploy.targets import Slot
 from pipelines.deploy.targets.local import Local
 from pipelines.errors import UserError
 
@@ -70,6 +71,32 @@ def test_rolling_back_brings_back_the_one_before_and_told_twice_acts_once(held: 
         promotion.roll_back(held, 1, "b", "slow")
     with pytest.raises(ConflictError, match="the champion is version 1 by now, not version 3"):
         promotion.roll_back(held, 3, "b", "late")
+
+
+def test_who_follows_serves_what_the_log_says_in_the_end(
+    held: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version is rolled back while it starts: the old one is in force, so nobody sees it."""
+    served: list[int] = []
+
+    class Here(Local):
+        def up(self) -> bool:
+            return True
+
+        def serving(self) -> dict[Slot, str]:
+            return {"champion": "b1"}
+
+    def serve(target: Local, held: Registry, slot: Slot, version: int) -> None:
+        if version == 2 and not served:
+            promotion.roll_back(held, 2, "b", "worse")
+            promotion.follow(held, target)
+        served.append(version)
+
+    monkeypatch.setattr(targets, "serve", serve)
+    promotion.promote(held, 1, None, "a", "first")
+    promotion.promote(held, 2, 1, "a", "better")
+    promotion.follow(held, Here())
+    assert served == [1, 2, 1]
 
 
 def test_reconcile_mends_an_alias_set_by_hand_and_adopts_one_from_before_the_log(

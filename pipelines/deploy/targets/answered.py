@@ -27,9 +27,17 @@ def notes(lines: Iterable[str], digest: str) -> list[dict[str, Any]]:
             note = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if note.get("bundle") == digest and "predictions" in note:
+        if note.get("bundle") == digest and _says(note):
             found.append(note)
     return found
+
+
+def _says(note: dict[str, Any]) -> bool:
+    """Whether the line has all it should: who wrote it may be of another release, or be broken."""
+    figures = (note.get("seconds"), note.get("memory_bytes"))
+    return isinstance(note.get("predictions"), list) and all(
+        isinstance(one, float | int) for one in figures
+    )
 
 
 def observation(found: list[dict[str, Any]], restarts: int = 0) -> Observation | None:

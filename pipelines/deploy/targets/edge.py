@@ -16,6 +16,7 @@ makes the folder of one device, whole: copied to the device it answers without a
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
@@ -52,11 +53,12 @@ class Edge:
     def start(self, slot: Slot, release: Release) -> None:
         def turn(now: Channel) -> None:
             held = now["slots"].get(slot, {})
-            if (held.get("bundle"), held.get("version")) == (release.digest, release.version):
+            same = (held.get("bundle"), held.get("version")) == (release.digest, release.version)
+            if same and self._whole(held):
                 return
             now["model"] = release.model
             now["slots"][slot] = self._published(release)
-            if slot == "challenger":
+            if slot == "challenger" and not same:
                 now["percent"] = 0
 
         self._change(turn)
@@ -66,9 +68,7 @@ class Edge:
         in `observe`.
         """
         held = self._channel()["slots"].get(slot)
-        return held is not None and all(
-            _sha256(self.folder / "files" / sha256) == sha256 for sha256 in held["files"].values()
-        )
+        return held is not None and self._whole(held)
 
     def shift(self, percent: int, shadow: bool = False) -> None:
         if shadow and not percent:
@@ -133,6 +133,11 @@ class Edge:
                 raise UserError(done.stderr.strip())
             shutil.rmtree(first)
 
+    def _whole(self, held: dict[str, Any]) -> bool:
+        """Whether the channel has every file of a slot."""
+        files = held["files"].values()
+        return all(_sha256(self.folder / "files" / sha256) == sha256 for sha256 in files)
+
     def _published(self, release: Release) -> dict[str, Any]:
         """Put the files of a release into the channel. Returns its slot."""
         if stage.digest(release.folder) != release.digest:
@@ -168,19 +173,22 @@ class Edge:
 
     def _change(self, turn: Callable[[Channel], None]) -> None:
         """Publish what `turn` makes of the channel, under the next number; nothing if nothing
-        changed.
+        changed. One change at a time: two would have one number.
         """
-        before, after = self._channel(), self._channel()
-        turn(after)
-        if after == before:
-            return
-        after["counter"] += 1
-        signed = after | {"signature": signing.sign(after)}
-        stage.write_json(self.folder / "channel.json", signed)
-        kept = {sha for held in after["slots"].values() for sha in held["files"].values()}
-        for file in (self.folder / "files").iterdir():
-            if file.name not in kept:
-                file.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "channel.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before, after = self._channel(), self._channel()
+            turn(after)
+            if after == before:
+                return
+            after["counter"] += 1
+            signed = after | {"signature": signing.sign(after)}
+            stage.write_json(self.folder / "channel.json", signed)
+            kept = {sha for held in after["slots"].values() for sha in held["files"].values()}
+            for file in (self.folder / "files").iterdir():
+                if file.name not in kept:
+                    file.unlink()
 
 
 def target(params: Params) -> Edge:

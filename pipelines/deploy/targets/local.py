@@ -51,12 +51,14 @@ class Local:
             ):
                 return now
             before = now.champion
+            # One that comes back is not backed by the one that is taken back.
+            back = before is not None and before.fallback == release.digest
             made = Started(
                 name=f"release-{now.started + 1}",
                 model=release.model,
                 version=release.version,
                 digest=release.digest,
-                fallback=before.digest if before else None,
+                fallback=before.digest if before and not back else None,
             )
             next_one = replace(now, started=now.started + 1)
             if slot == "champion":

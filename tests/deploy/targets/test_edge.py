@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -304,6 +305,42 @@ def test_a_file_that_was_damaged_on_its_way_back_spoils_no_other(
     damaged = b'\xff\xfe\n{"a": \xff}\n{"a":' + b"[" * 100_000
     (channel.folder / "answered" / "other.jsonl").write_bytes(damaged)
     assert channel.observe()["champion"].requests == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"seconds": None}, {"seconds": "1"}, {"predictions": None}, {"memory_bytes": None}],
+    ids=str,
+)
+def test_a_line_that_lacks_a_figure_spoils_no_other(
+    device: Path, channel: Edge, odd: dict[str, Any]
+) -> None:
+    scored(device)
+    (channel.folder / "answered").mkdir()
+    lines = (device / "answered.jsonl").read_text()
+    strange = json.dumps(json.loads(lines.split("\n", 2)[1]) | odd)
+    (channel.folder / "answered" / "one.jsonl").write_text(f"{lines}\n{strange}\n")
+    assert channel.observe()["champion"].requests == len(ROWS)
+
+
+def test_many_changes_at_once_have_a_number_each(channel: Edge, releases: list[Release]) -> None:
+    channel.start("challenger", releases[1])
+    before = json.loads((channel.folder / "channel.json").read_bytes())["counter"]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(channel.shift, range(1, 21)))
+    assert json.loads((channel.folder / "channel.json").read_bytes())["counter"] == before + 20
+
+
+def test_a_lost_file_of_the_channel_comes_back_when_it_is_told_again(
+    channel: Edge, releases: list[Release]
+) -> None:
+    before = (channel.folder / "channel.json").read_bytes()
+    for file in (channel.folder / "files").iterdir():
+        file.unlink()
+        assert not channel.healthy("champion")
+        channel.start("champion", releases[0])
+        assert channel.healthy("champion")
+    assert (channel.folder / "channel.json").read_bytes() == before
 
 
 def test_an_older_channel_is_refused(
