@@ -6,12 +6,16 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.params import Fit
-from pipelines.train.models import mlp
+from pipelines.train.models import logistic, mlp, tabm
 from pipelines.train.models.inputs import Inputs, Network, NumberEncoder
 
 # A builder gives a head: codes (rows, categories), encoded numbers (rows, width) -> logits (rows,
 # members).
-HEADS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {"mlp": mlp.build}
+HEADS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {
+    "logistic": logistic.build,
+    "mlp": mlp.build,
+    "tabm": tabm.build,
+}
 
 
 def build(inputs: Inputs, fit: Fit) -> Network:

@@ -95,6 +95,25 @@ class NumberEncoder(nn.Module):
         return torch.addcmul(flat / 2, above, steepness).clamp(0, 1).mean(dim=2)
 
 
+class Embeddings(nn.ModuleList):
+    """codes (rows, categories), encoded numbers (rows, numbers * CHANNELS) -> (rows, width): the
+    numbers, and beside them a learned vector for the value of every category.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(
+            nn.Embedding(count, min(16, round(1.6 * count**0.4))) for count in inputs.cardinalities
+        )
+        for embedding in self:
+            nn.init.normal_(embedding.weight, std=0.3)  # type: ignore[arg-type]
+        self.width = CHANNELS * len(inputs.statistics)
+        self.width += sum(embedding.embedding_dim for embedding in self)  # type: ignore[misc]
+
+    def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+        embedded = [embedding(codes[:, at]) for at, embedding in enumerate(self)]
+        return torch.cat([encoded, *embedded], dim=1)
+
+
 class Network(nn.Module):
     """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members).
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import CHANNELS, Inputs
+from pipelines.train.models.inputs import Embeddings, Inputs
 
 
 def build(inputs: Inputs, fit: Fit) -> nn.Module:
@@ -32,16 +32,8 @@ class Perceptron(nn.Module):
 
     def __init__(self, inputs: Inputs, fit: Fit) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(
-            [
-                nn.Embedding(count, min(16, round(1.6 * count**0.4)))
-                for count in inputs.cardinalities
-            ]
-        )
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.3)  # type: ignore[arg-type]
-        width = CHANNELS * len(inputs.statistics)
-        width += sum(embedding.embedding_dim for embedding in self.embeddings)  # type: ignore[misc]
+        self.embeddings = Embeddings(inputs)
+        width = self.embeddings.width
         layers: list[nn.Module] = []
         for hidden in fit.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(fit.dropout)]
@@ -49,6 +41,5 @@ class Perceptron(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
-        parts = [embed(codes[:, at]) for at, embed in enumerate(self.embeddings)]
-        logits: torch.Tensor = self.layers(torch.cat([encoded, *parts], dim=1))
+        logits: torch.Tensor = self.layers(self.embeddings(codes, encoded))
         return logits

@@ -1,0 +1,58 @@
+"""Every model of the table learns, and gives the same kind of bundle."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from world import Checkout
+
+from pipelines import bundle
+from pipelines.params import Fit
+from pipelines.train import data, evaluate, fit, fitted, models, package
+from pipelines.train.data import Encoding
+from pipelines.train.models.inputs import Inputs
+
+
+@pytest.mark.parametrize("model", sorted(models.HEADS))
+def test_it_learns_and_its_bundle_answers_as_it_does(features: Checkout, model: str) -> None:
+    features.set(fit={"model": model, "max_epochs": 3})
+    params = features.params()
+    fit.run(params)
+    evaluate.run(params)
+    package.run(params)
+    learned, scorer = fitted.load(), bundle.load(bundle.FOLDER)
+    test = data.materialise(learned.encoding, "test", features.folder / "rows")
+    expected = learned.predict(test)
+    assert roc_auc_score(test.labels, expected) > 0.7
+    found = scorer.predict(package.split(learned.encoding, "test"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    return Inputs.blank(Encoding({"origin": ["EWR", "JFK"], "carrier": ["UA"]}, ["x", "y"]))
+
+
+def _head(inputs: Inputs, fit: Fit, model: str, **changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return models.HEADS[model](inputs, fit.model_copy(update=changes)).eval()
+
+
+def test_the_members_of_tabm_share_a_layer_and_differ(inputs: Inputs, features: Checkout) -> None:
+    options = features.params().fit
+    few, many = (
+        _head(inputs, options, "tabm", members=count, hidden=[256, 256]) for count in (1, 16)
+    )
+    codes, numbers = torch.zeros(5, 2, dtype=torch.int32), torch.randn(5, 6)
+    assert many(codes, numbers).shape == (5, 16)
+    assert len(torch.unique(many(codes, numbers)[0])) == 16
+    sizes = [sum(p.numel() for p in head.parameters()) for head in (few, many)]
+    assert sizes[1] < 3 * sizes[0]
+
+
+def test_logistic_is_linear_in_every_number(inputs: Inputs, features: Checkout) -> None:
+    head = _head(inputs, features.params().fit, "logistic")
+    codes = torch.zeros(5, 2, dtype=torch.int32)
+    one, other = torch.randn(2, 5, 6)
+    middle = (head(codes, one) + head(codes, other)) / 2
+    torch.testing.assert_close(head(codes, (one + other) / 2), middle)
