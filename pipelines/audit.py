@@ -85,7 +85,10 @@ def _made(place: Path, params: Params, env: dict[str, str]) -> Path:
         (place / source).parent.mkdir(parents=True, exist_ok=True)
         (place / source).symlink_to(source.resolve())
     own = {"PATH": stage.search_path(), "PYTHONPATH": str(place)}
-    repro = [sys.executable, "-m", "dvc", "repro"]
+    # Nor of a cache that DVC has for all of this machine: what one clone ran, the other runs too.
+    cache = ["config", "--local", "cache.dir", str(place.resolve() / ".dvc" / "cache")]
+    subprocess.run([sys.executable, "-m", "dvc", *cache], cwd=place, check=True)
+    repro = [sys.executable, "-m", "dvc", "repro", "--no-run-cache"]
     with subprocess.Popen(
         repro, cwd=place, env=os.environ | own | env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,8 +27,11 @@ HOST = "127.0.0.1"
 @contextmanager
 def session(engine: str) -> Iterator[SparkSession]:
     """Yield a session on `engine`: embedded, local[N], spark://… or sc://…; times are UTC
-    everywhere.
+    everywhere, in this process too: what is collected is naive, on the clock of the process, and an
+    hour that comes twice on it would be two.
     """
+    os.environ["TZ"] = "UTC"
+    time.tzset()
     if engine == "embedded":
         with _embedded() as url:
             yield from _connected(SparkSession.builder.remote(url), embedded=True)

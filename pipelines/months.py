@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
+import pyarrow.parquet as pq
+
 from pipelines import stage
 
 if TYPE_CHECKING:
@@ -104,6 +106,11 @@ class Kept:
         """
         new = [name for name in keys if not self.take(keys[name], out / f"{name}.parquet")]
         made = make(new) if new else 0
+        # One without rows has no file, but not every one without a file has no rows.
+        files = [file for name in new if (file := out / f"{name}.parquet").exists()]
+        found = sum(pq.read_metadata(file).num_rows for file in files)
+        if found != made:
+            raise RuntimeError(f"{out}: {made:,} rows were made, and {found:,} are there")
         for name in new:
             self.keep(keys[name], out / f"{name}.parquet")
         self.sweep()

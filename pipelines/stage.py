@@ -191,29 +191,48 @@ def fresh(path: Path) -> Iterator[Path]:
     A killed stage leaves at most the folder beside it, which the next run removes.
     """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with naming(path):
-            yield partial
-    except BaseException:
+    with _turn(path):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+        partial.mkdir(parents=True)
+        try:
+            with naming(path):
+                yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
 
 
 @contextmanager
 def scratch(stage: str) -> Iterator[Path]:
     """Yield an empty folder for intermediate files; it is gone afterwards."""
     folder = STATE / "scratch" / stage
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        with naming(folder):
-            yield folder
-    finally:
+    with _turn(folder):
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            with naming(folder):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait until no other process of this checkout writes there: a dvc that is killed leaves its
+    stage at work, and who runs it again must not remove what that one writes.
+    """
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    lock = STATE / "locks" / f"{path.name}.{name}"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes {path}", flush=True)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -64,6 +64,9 @@ def listing(params: Params) -> list[SourceFile]:
     if source.startswith("s3://"):
         found = sources.bucket(source, "fetch.source")
     elif Path(source).is_dir():
+        raw, here = RAW.resolve(), Path(source).resolve()
+        if here.is_relative_to(raw) or raw.is_relative_to(here):
+            raise UserError(f"fetch.source: {source} overlaps {RAW}, which fetch prunes")
         found = sources.folder(Path(source))
     else:
         raise UserError(

@@ -194,6 +194,14 @@ def test_no_folder_is_one_line(checkout: Checkout) -> None:
         fetch.run(checkout.params())
 
 
+@pytest.mark.parametrize("source", ["data/raw", "data", "data/raw/flights"])
+def test_what_fetch_would_prune_is_no_source(checkout: Checkout, source: str) -> None:
+    Path(source).mkdir(parents=True)
+    checkout.set(fetch={"source": source})
+    with pytest.raises(UserError, match=rf"fetch\.source: {source} overlaps data/raw"):
+        fetch.run(checkout.params())
+
+
 def test_no_month_before_the_clock_is_one_line(checkout: Checkout) -> None:
     checkout.set(as_of="2012-01-01")
     with pytest.raises(UserError, match="has no month before as_of 2012-01-01"):

@@ -189,3 +189,23 @@ def test_runs_hold_every_month_once_and_follow_each_other(
     for run in runs:
         assert all(months.after(a) == b for a, b in itertools.pairwise(run))
         assert len(run) == 1 or sum(rows[name] for name in run) <= most
+
+
+def test_two_at_once_make_what_one_makes(checkout: Checkout) -> None:
+    """dvc that is killed leaves its stage at work, and who runs it again starts another."""
+    fetch.run(checkout.params())
+    both = [checkout.start("pipelines.ingest.load") for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    together = {file.name: file.read_bytes() for file in tables.months(load.EVENTS)}
+    shutil.rmtree(stage.STATE / "months")
+    assert checkout.run("pipelines.ingest.load").status == 0
+    assert {file.name: file.read_bytes() for file in tables.months(load.EVENTS)} == together
+
+
+def test_a_month_whose_file_vanished_is_not_one_without_rows(small: Checkout) -> None:
+    out = small.folder / "out"
+    out.mkdir()
+    with pytest.raises(RuntimeError, match="5 rows were made, and 0 are there"):
+        Kept("gone").fill(out, {"2013-01": "key"}, lambda new: 5)
+    assert not list((stage.STATE / "months" / "gone").glob("*"))

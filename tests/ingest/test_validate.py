@@ -1,9 +1,12 @@
 """validate: broken rows go to quarantine with their reasons, a broken table stops the run."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from world import Checkout
 
@@ -48,6 +51,23 @@ def test_every_row_is_in_exactly_one_place(events: Checkout) -> None:
     assert stage.is_page_of(validate.DOCS, validate.VERDICT)
     (page,) = validate.DOCS.glob("validations/**/*.html")
     assert reason.partition(":")[0] in page.read_text()
+
+
+def test_a_row_is_found_in_an_hour_that_comes_twice_on_the_clock_here(
+    events: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour = [datetime(2013, 4, 6, at, tzinfo=UTC) for at in (13, 16)]
+    (file,) = (path for path in tables.months(load.EVENTS) if path.stem == "2013-04")
+    month = pq.read_table(file)
+    at = month["scheduled_at"]
+    there = pc.and_(pc.greater_equal(at, hour[0]), pc.less(at, hour[1]))
+    distance = pc.if_else(there, 99_999, month["distance"])
+    place = month.schema.get_field_index("distance")
+    tables.write(month.set_column(place, "distance", distance), file)
+    monkeypatch.setenv("TZ", "Pacific/Auckland")  # where 14 to 16 in UTC are one hour, twice
+    ended = events.run("pipelines.ingest.validate")
+    assert ended.status == 0, ended
+    assert f"{pc.sum(there).as_py():,} in quarantine" in ended.out
 
 
 @pytest.mark.parametrize(
