@@ -194,11 +194,11 @@ def test_no_folder_is_one_line(checkout: Checkout) -> None:
         fetch.run(checkout.params())
 
 
-@pytest.mark.parametrize("source", ["data/raw", "data", "data/raw/flights"])
-def test_what_fetch_would_prune_is_no_source(checkout: Checkout, source: str) -> None:
-    Path(source).mkdir(parents=True)
-    checkout.set(fetch={"source": source})
-    with pytest.raises(UserError, match=rf"fetch\.source: {source} overlaps data/raw"):
+@pytest.mark.parametrize("folder", ["data/raw", "data", "data/raw/flights"])
+def test_what_fetch_would_prune_is_no_source(checkout: Checkout, folder: str) -> None:
+    Path(folder).mkdir(parents=True)
+    checkout.set(fetch={"source": folder})
+    with pytest.raises(UserError, match=rf"fetch\.source: {folder} overlaps data/raw"):
         fetch.run(checkout.params())
 
 
