@@ -7,13 +7,13 @@ import shutil
 import signal
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from train.fits import FIT, past_an_epoch, saved, somewhere
 from world import Checkout
 
 from pipelines import stage
@@ -112,49 +112,37 @@ def long(features: Checkout) -> Checkout:
     return features
 
 
-def _saved() -> list[Path]:
-    return sorted(checkpoints.FOLDER.glob("*/*.safetensors"))
-
-
 def test_killed_at_any_moment_it_gives_the_same_bytes(long: Checkout) -> None:
-    whole = long.run("pipelines.train.fit")
+    whole = long.run(FIT)
     assert whole.status == 0, whole
     expected = stage.digest(fitted.FOLDER)
-    assert not _saved()
+    assert not saved()
     chance = random.Random(7)
     begun = {"going on after step 0"}
     for _ in range(KILLS):
-        before = _saved()
-        process = long.start("pipelines.train.fit")
-        while _saved() == before and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(chance.random() * 0.1)
+        process = somewhere(long, chance)
         process.kill()
         out, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was done before it was killed"
         begun |= set(re.findall(r"going on after step \d+", out))
-        assert len(_saved()) <= checkpoints.KEPT + 1
+        assert len(saved()) <= checkpoints.KEPT + 1
     assert len(begun) > 2, "no attempt went on where another stood"
-    last = long.run("pipelines.train.fit")
+    last = long.run(FIT)
     assert last.status == 0, last
     assert "going on after step" in last.out
     assert stage.digest(fitted.FOLDER) == expected
-    assert not _saved()
+    assert not saved()
 
 
 def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
     long.set(fit={"checkpoint": {"seconds": 3600, "steps": None}})
     expected = _fitted(long)
-    process = long.start("pipelines.train.fit")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 1 of" in line:
-            break
+    process = past_an_epoch(long)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    (saved,) = _saved()
-    step = int(saved.stem)
+    (newest,) = saved()
+    step = int(newest.stem)
     assert err.splitlines()[-1] == f"fit: fault: told to end; step {step} is saved: run again"
     assert _fitted(long) == expected
 
@@ -162,12 +150,12 @@ def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
 @pytest.mark.parametrize("damage", ["cut", "byte", "empty"])
 def test_a_damaged_newest_falls_back_to_the_one_before(long: Checkout, damage: str) -> None:
     expected = _fitted(long)
-    process = long.start("pipelines.train.fit")
-    while len(_saved()) < checkpoints.KEPT and process.poll() is None:
+    process = long.start(FIT)
+    while len(saved()) < checkpoints.KEPT and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    older, newest = _saved()[-2:]
+    older, newest = saved()[-2:]
     content = newest.read_bytes()
     middle = len(content) // 2
     newest.write_bytes(
@@ -177,7 +165,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(long: Checkout, damage: s
             "empty": b"",
         }[damage]
     )
-    ended = long.run("pipelines.train.fit")
+    ended = long.run(FIT)
     assert ended.status == 0, ended
     assert f"a damaged checkpoint is left out: {newest}" in ended.out
     assert f"going on after step {int(older.stem)}" in ended.out
@@ -185,19 +173,19 @@ def test_a_damaged_newest_falls_back_to_the_one_before(long: Checkout, damage: s
 
 
 def test_another_seed_does_not_go_on(long: Checkout) -> None:
-    process = long.start("pipelines.train.fit")
-    while not _saved() and process.poll() is None:
+    process = long.start(FIT)
+    while not saved() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.communicate()
     long.set(fit={"seed": 8})
-    ended = long.run("pipelines.train.fit")
+    ended = long.run(FIT)
     assert ended.status == 0, ended
     assert "going on" not in ended.out
 
 
 def _fitted(checkout: Checkout) -> str:
-    ended = checkout.run("pipelines.train.fit")
+    ended = checkout.run(FIT)
     assert ended.status == 0, ended
     made = stage.digest(fitted.FOLDER)
     assert json.loads((fitted.FOLDER / fitted.CURVES).read_text())[-1]["epoch"] == 3

@@ -5,17 +5,16 @@ import os
 import random
 import signal
 import subprocess
-import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from train.fits import FIT, past_an_epoch, saved, somewhere
 from world import Checkout
 
 from pipelines import stage
 from pipelines.deploy.replicas import free_port
-from pipelines.train import checkpoints, fitted
+from pipelines.train import fitted
 
 KILLS = 5
 
@@ -58,7 +57,7 @@ def test_two_nodes_by_torchrun_are_two_processes(two: Checkout) -> None:
 
 def test_nodes_without_torchrun_are_told_how(two: Checkout) -> None:
     two.set(fit={"trainer": {"nodes": 2}})
-    ended = two.run("pipelines.train.fit")
+    ended = two.run(FIT)
     assert ended.status == 2, ended
     assert "fit.trainer.nodes: several are started by torchrun" in ended.err
 
@@ -66,8 +65,7 @@ def test_nodes_without_torchrun_are_told_how(two: Checkout) -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_dies_ends_the_job(two: Checkout, which: int) -> None:
     two.set(fit={"max_epochs": 1000, "patience": 1000})
-    process = _begun(two)
-    _kill_one(process, which)
+    _kill_one(past_an_epoch(two), which)
 
 
 def test_killed_at_any_moment_two_give_the_same_bytes(two: Checkout) -> None:
@@ -76,50 +74,35 @@ def test_killed_at_any_moment_two_give_the_same_bytes(two: Checkout) -> None:
     expected = stage.digest(fitted.FOLDER)
     chance = random.Random(7)
     for _ in range(KILLS):
-        before = _saved()
-        process = two.start("pipelines.train.fit")
-        while _saved() == before and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(chance.random() * 0.1)
-        _kill_one(process, chance.randrange(2))
-    last = two.run("pipelines.train.fit")
+        _kill_one(somewhere(two, chance), chance.randrange(2))
+    last = two.run(FIT)
     assert last.status == 0, last
     assert "going on after step" in last.out
     assert stage.digest(fitted.FOLDER) == expected
-    assert not _saved()
+    assert not saved()
 
 
 def test_told_to_end_both_save_and_end(two: Checkout) -> None:
     two.set(fit={"max_epochs": 1000, "patience": 1000})
-    process = _begun(two)
+    process = past_an_epoch(two)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    (saved,) = _saved()
-    told = f"fault: told to end; step {int(saved.stem)} is saved: run again"
+    (newest,) = saved()
+    told = f"fault: told to end; step {int(newest.stem)} is saved: run again"
     assert f"fit: {told}" in err.splitlines()
 
 
 def _node(checkout: Checkout, rank: int, port: int) -> subprocess.Popen[str]:
     """torchrun on one of two nodes, which are both this machine."""
     place = f"--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port}"
-    return checkout.start(f"torch.distributed.run {place} -m pipelines.train.fit")
-
-
-def _begun(checkout: Checkout) -> subprocess.Popen[str]:
-    """A fit whose first epoch is done."""
-    process = checkout.start("pipelines.train.fit")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 1 of" in line:
-            break
-    return process
+    return checkout.start(f"torch.distributed.run {place} -m {FIT}")
 
 
 def _kill_one(process: subprocess.Popen[str], which: int) -> None:
     """All of a job end soon after one of its two processes, and none ends well."""
     children = psutil.Process(process.pid).children()
-    (other,) = (one for one in children if "pipelines.train.fit" in one.cmdline())
+    (other,) = (one for one in children if FIT in one.cmdline())
     os.kill((process.pid, other.pid)[which], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode
@@ -128,7 +111,7 @@ def _kill_one(process: subprocess.Popen[str], which: int) -> None:
 
 def _fitted(checkout: Checkout, **trainer: Any) -> list[dict[str, float]]:
     checkout.set(fit={"trainer": trainer})
-    ended = checkout.run("pipelines.train.fit")
+    ended = checkout.run(FIT)
     assert ended.status == 0, ended
     return _curves()
 
@@ -136,7 +119,3 @@ def _fitted(checkout: Checkout, **trainer: Any) -> list[dict[str, float]]:
 def _curves() -> list[dict[str, float]]:
     found: list[dict[str, float]] = json.loads((fitted.FOLDER / fitted.CURVES).read_text())
     return found
-
-
-def _saved() -> list[Path]:
-    return sorted(checkpoints.FOLDER.glob("*/*.safetensors"))

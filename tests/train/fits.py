@@ -1,0 +1,37 @@
+"""A fit as a process, seen by what it says and by its checkpoints."""
+
+import random
+import subprocess
+import time
+from pathlib import Path
+
+from world import Checkout
+
+from pipelines.train import checkpoints
+
+FIT = "pipelines.train.fit"
+
+
+def saved() -> list[Path]:
+    """The checkpoints of all fits, the oldest step first."""
+    return sorted(checkpoints.FOLDER.glob("*/*.safetensors"))
+
+
+def past_an_epoch(checkout: Checkout) -> subprocess.Popen[str]:
+    """A fit whose first epoch is done."""
+    process = checkout.start(FIT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1 of" in line:
+            break
+    return process
+
+
+def somewhere(checkout: Checkout, chance: random.Random) -> subprocess.Popen[str]:
+    """A fit at some moment after it saved for the first time."""
+    before = saved()
+    process = checkout.start(FIT)
+    while saved() == before and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(chance.random() * 0.1)
+    return process
