@@ -85,7 +85,7 @@ def _made(place: Path, params: Params, env: dict[str, str]) -> Path:
         (place / source).parent.mkdir(parents=True, exist_ok=True)
         (place / source).symlink_to(source.resolve())
     own = {"PATH": stage.search_path(), "PYTHONPATH": str(place)}
-    # A cache of its own, where DVC has one for all of the machine: what one ran, the other runs too.
+    # A cache of its own, where DVC has one for all of the machine: both run what they are to show.
     cache = ["config", "--local", "cache.dir", str(place.resolve() / ".dvc" / "cache")]
     subprocess.run([sys.executable, "-m", "dvc", *cache], cwd=place, check=True)
     repro = [sys.executable, "-m", "dvc", "repro", "--no-run-cache"]
