@@ -18,13 +18,12 @@ from pipelines.params import Params
 
 # The months whose features are asked for.
 ALL = {"first": "1900-01-01T00:00:00Z", "until": "2900-01-01T00:00:00Z"}
-TYPES = {"int": "BIGINT", "float": "DOUBLE", "string": "VARCHAR", "timestamp": "TIMESTAMPTZ"}
+TYPES = {"int": "INTEGER", "float": "DOUBLE", "string": "VARCHAR", "timestamp": "TIMESTAMPTZ"}
 BROKEN = {
     "expect_column_values_to_not_be_null": "{column} is null",
     "expect_column_values_to_be_between": "{column} < {min_value} or {column} > {max_value}",
     "expect_column_values_to_match_regex": "not regexp_matches({column}, '{regex}')",
     "expect_column_values_to_be_in_set": "{column} not in {value_set}",
-    "expect_column_pair_values_a_to_be_greater_than_b": "{column_A} <= {column_B}",
 }
 
 

@@ -17,7 +17,7 @@ from pipelines.ingest import load as events
 from pipelines.ingest import validate as checked
 from pipelines.params import Params
 
-TYPES = {"int": pl.Int64, "float": pl.Float64, "string": pl.String, "timestamp": pl.String}
+TYPES = {"int": pl.Int32, "float": pl.Float64, "string": pl.String, "timestamp": pl.String}
 UTC = pl.Datetime("us", "UTC")
 Levels = list[tuple[str, list[str], list[tuple[int, str, list[str]]]]]
 
@@ -62,8 +62,11 @@ def load(params: Params) -> None:
             + span(minutes=pl.col("block_minutes") + pl.col("arr_delay")),
         )
         .with_columns(
+            elapsed_minutes=(pl.col("arrived_at") - pl.col("departed_at")).dt.total_minutes()
+        )
+        .with_columns(
             *(_until(name, "departed_at") for name in ("departed_at", "dep_delay")),
-            *(_until(name, "arrived_at") for name in ("arrived_at", "arr_delay", "air_time")),
+            *(_until(name, "arrived_at") for name in ("arrived_at", *OUTCOME)),
         )
     )
     planes = raw["planes"].select(
@@ -93,10 +96,11 @@ def load(params: Params) -> None:
 WEATHER = [
     "temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib",
 ]  # fmt: skip
+OUTCOME = ["arr_delay", "air_time", "elapsed_minutes"]
 EVENTS = [
     "scheduled_at", "origin", "carrier", "flight", "prediction_time", "dest", "tailnum",
     "sched_dep_time", "sched_arr_time", "block_minutes", "distance", "departed_at", "dep_delay",
-    "arrived_at", "arr_delay", "air_time", "plane_year", "manufacturer", "plane_model", "seats",
+    "arrived_at", *OUTCOME, "plane_year", "manufacturer", "plane_model", "seats",
     "reading_at", *WEATHER,
 ]  # fmt: skip
 

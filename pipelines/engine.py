@@ -2,9 +2,12 @@
 form.
 """
 
+import logging
 import os
 import secrets
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +19,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines import tables
-from pipelines.errors import naming
+from pipelines.errors import TransientError, UserError, naming
 
 # What one query takes at once: memory holds so many rows with all their features, however long the
 # table grows.
 ROWS = 1_000_000
 HOST = "127.0.0.1"
+REACH = 5  # seconds until a cluster must have taken a connection
 
 
 @contextmanager
@@ -36,10 +40,28 @@ def session(engine: str) -> Iterator[SparkSession]:
         with _embedded() as url:
             yield from _connected(SparkSession.builder.remote(url), embedded=True)
     elif engine.startswith("sc://"):
+        _reach(engine, "sc://", 15002)
         yield from _connected(SparkSession.builder.remote(engine))
     else:
+        if engine.startswith("spark://"):
+            _reach(engine, "spark://", 7077)
         with _started(engine) as url:
             yield from _connected(SparkSession.builder.remote(url))
+
+
+def _reach(engine: str, scheme: str, port: int) -> None:
+    """Raises TransientError where nobody listens: the client would ask for ten minutes. Of several
+    masters any may be the one.
+    """
+    why = ""
+    for place in engine.removeprefix(scheme).partition("/")[0].split(","):
+        host, _, number = place.partition(":")
+        try:
+            socket.create_connection((host, int(number or port)), REACH).close()
+            return
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+    raise TransientError(f"engine: {engine} cannot be reached: {why}")
 
 
 @contextmanager
@@ -63,6 +85,13 @@ def _started(master: str) -> Iterator[str]:
     PySpark's own start of one takes a fixed port, which two stages of one machine would both ask
     for.
     """
+    home = os.environ.get("JAVA_HOME")
+    java = Path(home, "bin/java") if home else Path("java")
+    if shutil.which(java) is None:
+        raise UserError(
+            f"engine: {master} needs Java, and {java} cannot be run; install it, or set engine: "
+            "embedded, which needs none"
+        )
     os.environ.setdefault("SPARK_LOCAL_IP", HOST)
     os.environ["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = secrets.token_urlsafe()
     # Left by a session of the process that started this one: with it, PySpark makes no context.
@@ -87,6 +116,8 @@ def _started(master: str) -> Iterator[str]:
 
 def _connected(builder: SparkSession.Builder, embedded: bool = False) -> Iterator[SparkSession]:
     spark = builder.create()
+    # It tells each error of a query over again, on many screens.
+    logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     if embedded:
         # The client would ask a server that is gone for ten minutes: here it is this process.
         spark.client.set_retry_policies([])
@@ -135,21 +166,25 @@ def write_months(
     frame: DataFrame, time: str, key: Sequence[str], folder: Path, scratch: Path
 ) -> dict[str, int]:
     """Write `frame`, of any number of rows, as one Parquet file per month of `time`, rows in order
-    of `key`. Returns the rows of each month that has any.
+    of `key`. Returns the rows of each month that has any. Raises UserError where a time is missing,
+    or a key stands twice.
 
     Engines do not keep an order through their own writers, and name files at random. So the frame
     is computed once into `scratch`, then read back, sorted and written month by month: memory
     holds one month.
     """
     path = str(scratch.resolve())
-    monthly = frame.withColumn("_month", F.date_format(time, "yyyy-MM"))
+    month = F.coalesce(F.date_format(time, "yyyy-MM"), F.lit("none"))
+    monthly = frame.withColumn("_month", month)
     with naming(scratch):
         monthly.write.partitionBy("_month").parquet(path)
     stored = frame.sparkSession.read.parquet(path)
     names = sorted(row["_month"] for row in stored.select("_month").distinct().collect())
+    if "none" in names:
+        raise UserError(f"a row has no {time}; expected the time of each")
     counts = {}
     for name in names:
         month = stored.where(F.col("_month") == name).drop("_month").orderBy(*key).toArrow()
-        tables.write(month, folder / f"{name}.parquet")
+        tables.write_month(month, key, folder / f"{name}.parquet")
         counts[name] = month.num_rows
     return counts

@@ -72,11 +72,14 @@ def runs(months: Sequence[str], rows: Mapping[str, int], most: int) -> Iterator[
 
 
 def only(frame: "DataFrame", time: str, run: Sequence[str]) -> "DataFrame":
-    """The rows whose time lies in these months, which follow each other."""
+    """The rows whose time lies in these months, which follow each other; or is missing, so that it
+    is missed.
+    """
     from pyspark.sql import functions as F
 
     first, last = F.lit(begin(run[0])), F.lit(end(run[-1]))
-    return frame.where((F.col(time) >= first) & (F.col(time) < last))
+    at = F.col(time)
+    return frame.where(at.isNull() | ((at >= first) & (at < last)))
 
 
 def said(new: Collection[str], all_: Collection[str]) -> str:
@@ -96,7 +99,9 @@ class Kept:
 
     def __init__(self, name: str) -> None:
         self.folder = stage.STATE / "months" / name
-        self.files = {file.name.split(".")[0]: file for file in self.folder.glob("*")}
+        # What has rows goes before what says that there are none.
+        files = sorted(self.folder.glob("*"), key=lambda file: file.suffix == ".parquet")
+        self.files = {file.name.split(".")[0]: file for file in files}
 
     def fill(
         self, out: Path, keys: Mapping[str, str], make: Callable[[list[str]], int]
@@ -125,7 +130,7 @@ class Kept:
             os.utime(file)
         elif stage.sha256(file) == file.name.split(".")[1]:
             os.utime(file)
-            target.hardlink_to(file)
+            stage.link(target, file)
         else:  # damaged
             file.unlink(missing_ok=True)
             return False
@@ -139,7 +144,7 @@ class Kept:
             return
         file = self.folder / f"{key}.{stage.sha256(made)}.parquet"
         with suppress(FileExistsError):  # another made the same
-            file.hardlink_to(made)
+            stage.link(file, made)
 
     def sweep(self) -> None:
         """Remove what nobody took for a long time."""

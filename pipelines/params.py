@@ -47,19 +47,21 @@ Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Table(_Block):
-    """One table of the source: its columns and their types, its key, the columns that cut it by
+    """One table of the source: its columns and their types, its key, the time that cuts it by
     month.
     """
 
-    batch: Annotated[list[str], Field(min_length=2, max_length=2)] | None
+    batch: str | None
     key: Names
-    columns: dict[str, Literal["int", "float", "string", "timestamp"]]
+    columns: dict[str, Literal["int", "long", "float", "string", "timestamp"]]
 
     @model_validator(mode="after")
     def _known_columns(self) -> "Table":
-        for name in [*self.key, *(self.batch or [])]:
+        for name in self.key:
             if name not in self.columns:
-                raise ValueError(f"key or batch names {name}, which is none of columns")
+                raise ValueError(f"key names {name}, which is none of columns")
+        if self.batch is not None and self.columns.get(self.batch) != "timestamp":
+            raise ValueError(f"batch names {self.batch}, which is no timestamp of columns")
         return self
 
 

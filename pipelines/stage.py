@@ -257,6 +257,20 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def link(path: Path, file: Path) -> None:
+    """Make `path` the same file as `file`, or, where the disk has no links or is another, a copy.
+
+    Raises FileExistsError.
+    """
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        raise
+    except OSError:
+        with whole(path) as partial:
+            shutil.copyfile(file, partial)
+
+
 @contextmanager
 def page(path: Path, verdict: Path) -> Iterator[None]:
     """Note beside a page, which the block writes, to which verdict it belongs.

@@ -1,7 +1,10 @@
 """Tables on disk: Parquet whose bytes depend on the rows alone, one file per month."""
 
+import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,28 +14,48 @@ from pipelines.errors import UserError, naming
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file without metadata of its maker.
-
-    The caller gives the rows in full order.
-    """
+    """Write one Parquet file, whose rows the caller gives in full order."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        encode(table, path)
+
+
+def encode(table: pa.Table, where: Path | BinaryIO) -> None:
+    """As Parquet without metadata of its maker."""
     # Engines differ in what they call nullable and in the size of their batches; the rows do not.
     fields = [field.with_nullable(True).remove_metadata() for field in table.schema]
     plain = pa.Table.from_arrays(table.combine_chunks().columns, schema=pa.schema(fields))
-    with naming(path):
-        pq.write_table(plain, path, compression="zstd")
+    pq.write_table(plain, where, compression="zstd")
+
+
+def write_month(rows: pa.Table, key: Sequence[str], path: Path) -> None:
+    """Write the rows of one month, which are in order of `key`.
+
+    Raises UserError where a key stands twice: whoever names a row by it would mean two.
+    """
+    if rows.num_rows > 1:
+        columns = [rows[name].combine_chunks() for name in key]
+        same = [pc.equal(column[1:], column[:-1]) for column in columns]
+        twice = pc.indices_nonzero(functools.reduce(pc.and_, same))
+        if len(twice):
+            at = twice[0].as_py()
+            named = ", ".join(f"{name}={rows[name][at]}" for name in key)
+            raise UserError(f"{path.stem}: two rows have {named}; expected one of each dataset.key")
+    write(rows, path)
 
 
 def write_months(table: pa.Table, time: str, key: Sequence[str], folder: Path) -> int:
     """Write rows in any order as one file per month of `time`, in UTC, rows in order of `key`.
-    Returns the rows.
+    Returns the rows. Raises UserError where a time is missing, or a key stands twice.
     """
+    if table[time].null_count:
+        raise UserError(f"a row has no {time}; expected the time of each")
     month = pc.strftime(pc.floor_temporal(table[time], unit="month"), "%Y-%m")
     for name in pc.unique(month).to_pylist():
         rows = table.filter(pc.equal(month, name))
         # As the engines do: what is missing comes first.
         order = [(column, "ascending", "at_start") for column in key]
-        write(rows.take(pc.sort_indices(rows, order)), folder / f"{name}.parquet")
+        write_month(rows.take(pc.sort_indices(rows, order)), key, folder / f"{name}.parquet")
     return int(table.num_rows)
 
 
@@ -52,9 +75,35 @@ def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
 def read_months(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The months of a table one at a time, so that memory holds one."""
     for file in months(folder):
-        yield pq.read_table(file, columns=None if columns is None else list(columns))
+        yield read_file(file, columns)
+
+
+def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file. Raises UserError where it is damaged."""
+    with _damage(file):
+        return pq.read_table(file, columns=None if columns is None else list(columns))
+
+
+def footer(file: Path) -> pq.FileMetaData:
+    """What a Parquet file says of itself. Raises UserError where it is damaged."""
+    with _damage(file):
+        return pq.read_metadata(file)
 
 
 def count(folder: Path) -> int:
     """The number of rows, from the footers alone."""
-    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+    return sum(footer(file).num_rows for file in folder.glob("*.parquet"))
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{file} is no whole Parquet file ({said}); bring it back: dvc checkout, or make it "
+            "again: dvc repro"
+        ) from None

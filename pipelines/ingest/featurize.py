@@ -18,8 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
-
 from pipelines import months, stage, tables
 from pipelines.errors import UserError
 from pipelines.ingest import datasets
@@ -101,17 +99,19 @@ def _frames(accepted: Accepted, new: Sequence[str], spark: "SparkSession") -> It
     from pipelines import engine
 
     dataset = accepted.dataset
-    rows = {name: pq.read_metadata(file).num_rows for name, file in accepted.files.items()}
+    rows = {name: tables.footer(file).num_rows for name, file in accepted.files.items()}
     for run in months.runs(new, rows, engine.ROWS):
         paths = [str(accepted.files[name].resolve()) for name in accepted.of(run[0], run[-1])]
         seen = F.col(dataset.time) >= F.lit(accepted.since(run[0]))
         spark.read.parquet(*paths).where(seen).createOrReplaceTempView("accepted")
-        settings = {
-            "first": months.begin(run[0]),
-            "until": months.end(run[-1]),
-            "lookback_days": dataset.lookback_days,
-        }
-        frame = spark.sql(datasets.sql(dataset.name, "features"), args=settings)
+        frame = datasets.ask(
+            spark,
+            dataset.name,
+            "features",
+            first=months.begin(run[0]),
+            until=months.end(run[-1]),
+            lookback_days=dataset.lookback_days,
+        )
         # Also where the SQL does not mind what is asked for: other months it has seen in part.
         yield months.only(typed(frame, accepted.params), dataset.time, run)
 

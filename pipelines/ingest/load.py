@@ -18,13 +18,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import months, stage, tables
 from pipelines.errors import UserError, naming
 from pipelines.ingest import datasets
 from pipelines.ingest.fetch import RAW
-from pipelines.ingest.raw import read
+from pipelines.ingest.raw import none, read
 from pipelines.months import Kept
 from pipelines.params import Params, Table
 
@@ -120,34 +121,39 @@ def _frames(
         rows[path.stem] += count
     for run in months.runs(new, rows, engine.ROWS):
         for name, paths in raw.of(run[0], run[-1]).items():
-            held = [str(typed[path][0].resolve()) for path in paths]
+            held = [str(typed[path][0].resolve()) for path in paths or [RAW / name]]
             spark.read.parquet(*held).createOrReplaceTempView(name)
         frame = impersonal(events(spark, raw.params), raw.params)
         yield months.only(frame, raw.dataset.time, run)
 
 
 def _type(raw: Raw, new: Sequence[str], folder: Path) -> dict[Path, tuple[Path, int]]:
-    """Type every raw file that these months are made of: its Parquet file, and its rows."""
+    """Type every raw file that these months are made of: its Parquet file, and its rows. Under the
+    table's own path stands one without rows, for months in which it has no file.
+    """
     typed: dict[Path, tuple[Path, int]] = {}
     for name, table in raw.dataset.tables.items():
         (folder / name).mkdir(parents=True)
+        typed[RAW / name] = _kept(none(table), folder / f"{name}.parquet")
         for path in dict.fromkeys(path for month in new for path in raw.of(month, month)[name]):
-            rows = read(path, table)
-            target = folder / name / f"{path.stem}.parquet"
-            with naming(target):
-                pq.write_table(rows, target, compression="none")
-            typed[path] = target, rows.num_rows
+            rows = read(path, table, raw.dataset.timezone)
+            typed[path] = _kept(rows, folder / name / f"{path.stem}.parquet")
         count = sum(typed[path][1] for path in raw.files[name] if path in typed)
         stage.say("load", f"{name}: {count:,} rows read")
     return typed
+
+
+def _kept(rows: pa.Table, target: Path) -> tuple[Path, int]:
+    with naming(target):
+        pq.write_table(rows, target, compression="none")
+    return target, rows.num_rows
 
 
 def events(spark: "SparkSession", params: Params) -> "DataFrame":
     """What the dataset's events.sql gives of the views of its raw tables."""
     dataset = params.dataset
     settings = {name: getattr(dataset, name) for name in SETTINGS}
-    text = datasets.sql(dataset.name, "events")
-    frame = spark.sql(text, args={"as_of": params.as_of, **settings})
+    frame = datasets.ask(spark, dataset.name, "events", as_of=params.as_of, **settings)
     missing = [name for name in (*dataset.key, dataset.time) if name not in frame.columns]
     if missing:
         raise UserError(

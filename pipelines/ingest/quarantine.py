@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines import stage, tables
 from pipelines.ingest.validate import QUARANTINE, REASONS
 from pipelines.params import Params
@@ -29,7 +27,7 @@ def show(params: Params, most: int) -> str:
     rows: list[dict[str, Any]] = []
     total = 0
     for file in tables.months(QUARANTINE):
-        month = pq.read_table(file)
+        month = tables.read_file(file)
         total += month.num_rows
         for row in month.to_pylist():
             counts.update((reason, file.stem) for reason in row[REASONS.name])

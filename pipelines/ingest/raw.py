@@ -3,17 +3,22 @@
 import csv
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import cast
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
+from pipelines import months
 from pipelines.errors import UserError
 from pipelines.params import Table
 
 TYPES = {
-    "int": pa.int64(),
+    "int": pa.int32(),
+    "long": pa.int64(),
     "float": pa.float64(),
     "string": pa.string(),
     "timestamp": pa.timestamp("us", tz="UTC"),
@@ -21,10 +26,12 @@ TYPES = {
 # How files begin that are no text, whatever their name says.
 OTHERS = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 LONGEST = 1 << 20  # bytes of a line: what the reader takes at once
+HEXADECIMAL = r"\b0[xX]"
 
 
-def read(path: Path, table: Table) -> pa.Table:
-    """One raw CSV file, its key unique and its numbers finite.
+def read(path: Path, table: Table, zone: str) -> pa.Table:
+    """One raw CSV file, its key unique, its numbers finite, and its rows of the month that its name
+    says, on the clock of the zone.
 
     Raises UserError with file, line and column.
     """
@@ -37,13 +44,19 @@ def read(path: Path, table: Table) -> pa.Table:
         columns = _check_header(content, table)
         rows = _typed(content, table, columns)
         _check_numbers(rows)
-        _check_month(rows, table.batch, path.stem)
+        if table.batch is not None:
+            _check_month(rows, table.batch, path.stem, zone)
         _check_key(rows, table.key)
     except _RefusedError as error:
         # A file may hold anything; a line on a screen may not.
         said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
         raise UserError(f"{path}: {said}") from None
     return rows
+
+
+def none(table: Table) -> pa.Table:
+    """What `read` gives, without rows."""
+    return pa.schema({name: TYPES[kind] for name, kind in table.columns.items()}).empty_table()
 
 
 class _RefusedError(Exception):
@@ -73,7 +86,22 @@ def _typed(content: bytes, table: Table, columns: Sequence[str]) -> pa.Table:
     lines = content.count(b"\n")
     if lines != rows.num_rows + 1:
         raise _RefusedError(f"{lines} lines hold {rows.num_rows} rows; a quote is not closed")
+    if re.search(HEXADECIMAL.encode(), content):
+        _check_decimal(content, rows.schema)
     return rows
+
+
+def _check_decimal(content: bytes, schema: pa.Schema) -> None:
+    """The reader takes 0x10 for 16."""
+    whole = [field.name for field in schema if pa.types.is_integer(field.type)]
+    options = pacsv.ConvertOptions(column_types=dict.fromkeys(whole, pa.string()))
+    texts = pacsv.read_csv(pa.BufferReader(content), convert_options=options).select(whole)
+    for name in whole:
+        wrong = pc.indices_nonzero(pc.match_substring_regex(texts[name], HEXADECIMAL))
+        if len(wrong):
+            at = wrong[0].as_py()
+            value = texts[name][at].as_py()
+            raise _RefusedError(f"line {at + 2}, column {name}: expected a decimal number: {value}")
 
 
 def _check_text(content: bytes) -> None:
@@ -147,19 +175,19 @@ def _check_numbers(rows: pa.Table) -> None:
                 )
 
 
-def _check_month(rows: pa.Table, batch: Sequence[str] | None, name: str) -> None:
-    if batch is None:
-        return
-    year, month = (int(part) for part in name.split("-"))
-    right = pc.and_kleene(pc.equal(rows[batch[0]], year), pc.equal(rows[batch[1]], month))
+def _check_month(rows: pa.Table, time: str, name: str, zone: str) -> None:
+    times = rows[time]
+    first, after = (pa.scalar(m(name, zone), times.type) for m in (months.begin, months.end))
+    right = pc.and_(pc.greater_equal(times, first), pc.less(times, after))
     wrong = pc.indices_nonzero(pc.invert(pc.fill_null(right, False)))
     if len(wrong):
         at = wrong[0].as_py()
-        values = [rows[column][at].as_py() for column in batch]
-        if None in values:
-            raise _RefusedError(f"line {at + 2} has no {' and '.join(batch)}; is it empty?")
-        found = "-".join(str(value) for value in values)
-        raise _RefusedError(f"line {at + 2} is of month {found}; expected {name}")
+        if not times[at].is_valid:
+            raise _RefusedError(f"line {at + 2} has no {time}; is it empty?")
+        found = cast(datetime, times[at].as_py()).astimezone(ZoneInfo(zone))
+        raise _RefusedError(
+            f"line {at + 2}: {time} is {found:%Y-%m-%d %H:%M} in {zone}; expected a time of {name}"
+        )
 
 
 def _check_key(rows: pa.Table, key: Sequence[str]) -> None:

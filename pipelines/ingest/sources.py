@@ -146,8 +146,7 @@ class Stored:
 def folder(path: Path) -> Iterator[Local]:
     """The files of a folder and of its folders."""
     for one in sorted(path.glob("*.csv")) + sorted(path.glob("*/*")):
-        if one.suffix == ".csv" or one.is_file():
-            yield Local(one.relative_to(path).as_posix(), path)
+        yield Local(one.relative_to(path).as_posix(), path)
 
 
 def bucket(url: str, what: str) -> Iterator[Stored]:
@@ -178,7 +177,8 @@ def sample(dataset: Dataset) -> Iterator[Held]:
             content = _sample_bytes(folder, name)
             yield Held(f"{name}.csv", content)
         else:
-            for month, content in _by_month(_sample_bytes(folder, name), *table.batch):
+            cut = _by_month(_sample_bytes(folder, name), table.batch, dataset.timezone)
+            for month, content in cut:
                 yield Held(f"{name}/{month}.csv", content)
 
 
@@ -194,14 +194,20 @@ def _sample_bytes(folder: Path, table: str) -> bytes:
     raise UserError(f"{plain} is missing; the sample package does not carry table {table}")
 
 
-def _by_month(content: bytes, year: str, month: str) -> Iterator[tuple[str, bytes]]:
-    """Cut CSV lines by two columns that stand before any quoted field; lines stay as they are."""
+def _by_month(content: bytes, time: str, zone: str) -> Iterator[tuple[str, bytes]]:
+    """Cut CSV lines, one a row, by the month of a time on the clock of a zone; they stay as they
+    are.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as pacsv
+
+    local = pa.timestamp("s", zone)
+    options = pacsv.ConvertOptions(include_columns=[time], column_types={time: local})
+    times = pacsv.read_csv(pa.BufferReader(content), convert_options=options)[time]
     header, *lines = content.splitlines(keepends=True)
-    columns = header.decode().strip().split(",")
-    year_at, month_at = columns.index(year), columns.index(month)
     batches: dict[str, list[bytes]] = {}
-    for line in lines:
-        fields = line.split(b",", max(year_at, month_at) + 1)
-        batches.setdefault(f"{int(fields[year_at]):04}-{int(fields[month_at]):02}", []).append(line)
+    for month, line in zip(pc.strftime(times, "%Y-%m").to_pylist(), lines, strict=True):
+        batches.setdefault(month, []).append(line)
     for name in sorted(batches):
         yield name, header + b"".join(batches[name])

@@ -5,6 +5,7 @@ which dvc.lock names it.
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def read(path: str) -> Dataset:
         named = sorted((file.relative_to(top).as_posix(), file) for file in found)
     else:
         named = [("", top)]
-    return Dataset(path, tuple(_file(name, file) for name, file in named))
+    with ThreadPoolExecutor() as pool:  # hashing lets the others run
+        return Dataset(path, tuple(pool.map(lambda one: _file(*one), named)))
 
 
 def tables(dataset: Dataset) -> list[Dataset]:
@@ -97,11 +99,11 @@ def _file(name: str, path: Path) -> File:
     rows: int | None = None
     columns: Iterable[tuple[str, str]] = ()
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+        from pipelines import tables
 
-        footer = pq.ParquetFile(path)
-        rows = footer.metadata.num_rows
-        columns = [(field.name, str(field.type)) for field in footer.schema_arrow]
+        footer = tables.footer(path)
+        rows = footer.num_rows
+        columns = [(field.name, str(field.type)) for field in footer.schema.to_arrow_schema()]
     elif path.suffix == ".csv":  # `load` takes no line that is not a row
         rows = lines - 1
         names = header.decode("utf-8-sig", errors="replace").split(",")

@@ -37,9 +37,12 @@ def read() -> Iterator[dict[str, Any]]:
     """
     if not JOURNAL.is_file():
         return
-    with JOURNAL.open(encoding="utf-8") as lines:
+    with JOURNAL.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
+                event = json.loads(line)
             except ValueError:
-                raise UserError(f"{JOURNAL}: line {number} is no event; remove it") from None
+                event = None
+            if not isinstance(event, dict) or "eventType" not in event:
+                raise UserError(f"{JOURNAL}: line {number} is no event; remove it")
+            yield event

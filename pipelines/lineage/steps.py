@@ -48,7 +48,7 @@ def made() -> dict[str, Step]:
     """Every stage as it last ran. Raises UserError where none has."""
     if not LOCK.is_file():
         raise UserError(f"{LOCK} is missing; nothing was made here yet: make run")
-    entries = _read(LOCK)["stages"]
+    entries = _read(LOCK).get("stages", {})
     outs = {name: _hashes(entry.get("outs", ())) for name, entry in entries.items()}
     every = [path for paths in outs.values() for path in paths]
     return {
@@ -118,5 +118,11 @@ def _hashes(listed: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {str(one["path"]): str(one["md5"]) for one in listed}
 
 
-def _read(path: Path) -> Any:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader)
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no mapping; bring it back from git")
+    return found

@@ -18,9 +18,8 @@ COLUMNS = {
     "year": "int", "month": "int", "origin": "string", "at": "timestamp", "delay": "int",
     "temp": "float", "note": "string",
 }  # fmt: skip
-TABLE = Table.model_validate(
-    {"batch": ["year", "month"], "key": ["origin", "at"], "columns": COLUMNS}
-)
+TABLE = Table.model_validate({"batch": "at", "key": ["origin", "at"], "columns": COLUMNS})
+ZONE = "America/New_York"
 HEADER = b"year,month,origin,at,delay,temp,note\n"
 ROWS = [
     b"2012,2,JFK,2012-02-28T23:30:00Z,-3,41.5,fine\n",
@@ -36,7 +35,7 @@ Edit = Callable[[bytes], bytes]
 def _read(folder: Path, content: bytes) -> pa.Table:
     path = folder / NAME
     path.write_bytes(content)
-    return raw.read(path, TABLE)
+    return raw.read(path, TABLE, ZONE)
 
 
 def _cell(column: str, value: bytes, row: int = 0) -> Edit:
@@ -91,7 +90,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a remark": (_swap(ROWS[1], b"# by hand\n" + ROWS[1]), "line 3: expected 7 columns, got 1"),
     "a field too few": (_swap(b",fine", b""), "line 2: expected 7 columns, got 6"),
     "a field too many": (_swap(b",fine", b",fine,too"), "line 2: expected 7 columns, got 8"),
-    "a total below": (lambda c: c + b"total,,,,4,,\n", "line 6, column year: expected int64"),
+    "a total below": (lambda c: c + b"total,,,,4,,\n", "line 6, column year: expected int32"),
     "a huge field": (_cell("note", b"x" * 3_000_000), "line 2 is longer than"),
     # Quotes.
     "a quote that never ends": (_swap(b",fine", b',"fine'), "line 2: expected 7 columns, got 8"),
@@ -105,12 +104,15 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "names in capitals": (_swap(HEADER, HEADER.upper()), "column year is missing"),
     "blanks around names": (_swap(b",month", b", month"), "column month is missing"),
     # Values.
-    "a word for a number": (_cell("delay", b"late"), "line 2, column delay: expected int64"),
-    "null in words": (_cell("delay", b"null"), "line 2, column delay: expected int64"),
-    "a number with a part": (_cell("delay", b"1.5"), "line 2, column delay: expected int64"),
-    "hexadecimal": (_cell("delay", b"0x1z"), "line 2, column delay: expected int64"),
-    "beyond 64 bits": (_cell("delay", b"9" * 30), "line 2, column delay: expected int64"),
-    "Arabic digits": (_cell("delay", "٣".encode()), "line 2, column delay: expected int64"),
+    "a word for a number": (_cell("delay", b"late"), "line 2, column delay: expected int32"),
+    "null in words": (_cell("delay", b"null"), "line 2, column delay: expected int32"),
+    "a number with a part": (_cell("delay", b"1.5"), "line 2, column delay: expected int32"),
+    "hexadecimal": (_cell("delay", b"0x1F"), "line 2, column delay: expected a decimal number: 0x"),
+    "hexadecimal and below zero": (_cell("delay", b"-0X1"), "line 2, column delay: expected int32"),
+    "nearly hexadecimal": (_cell("delay", b"0x1z"), "line 2, column delay: expected int32"),
+    "beyond 32 bits": (_cell("delay", b"2147483648"), "line 2, column delay: expected int32"),
+    "beyond 64 bits": (_cell("delay", b"9" * 30), "line 2, column delay: expected int32"),
+    "Arabic digits": (_cell("delay", "٣".encode()), "line 2, column delay: expected int32"),
     "a decimal comma": (_cell("temp", b'"41,5"'), "line 2, column temp: expected double"),
     "NaN": (_cell("temp", b"NaN"), "line 2, column temp: expected a finite number"),
     "nan of R": (_cell("temp", b"nan", row=1), "line 3"),
@@ -124,8 +126,15 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "month first": (_cell("at", b"02/28/2012 23:30"), "line 2, column at: expected"),
     "seconds since 1970": (_cell("at", b"1330471800"), "line 2, column at: expected"),
     # Rows.
-    "of another month": (_cell("month", b"3"), "line 2 is of month 2012-3; expected 2012-02"),
-    "of another year": (_cell("year", b"2013"), "line 2 is of month 2013-2; expected 2012-02"),
+    "of another month": (
+        _cell("at", b"2012-03-01T05:00:00Z"),
+        "line 2: at is 2012-03-01 00:00 in America/New_York; expected a time of 2012-02",
+    ),
+    "of another year": (_cell("at", b"2013-02-28T23:30:00Z"), "line 2: at is 2013-02-28 18:30 in"),
+    "of the month before, where it is cut": (
+        _cell("at", b"2012-02-01T04:59:59Z"), "line 2: at is 2012-01-31 23:59 in",
+    ),
+    "of no time": (_cell("at", b"NA"), "line 2 has no at; is it empty?"),
     "no key": (_cell("origin", b""), "line 2: origin is missing; it is part of the key"),
     "the same key": (_swap(b"29T00:30", b"28T23:30"), "lines 2 and 3 have the same key"),
     "the same key in two zones": (
@@ -180,7 +189,7 @@ def test_the_hour_that_comes_twice_is_two(tmp_path: Path) -> None:
         b"2012,11,JFK,2012-11-04T01:30:00-0%d:00,0,0,\n" % offset for offset in (4, 5)
     )
     (tmp_path / "2012-11.csv").write_bytes(content)
-    found = raw.read(tmp_path / "2012-11.csv", TABLE)["at"].to_pylist()
+    found = raw.read(tmp_path / "2012-11.csv", TABLE, ZONE)["at"].to_pylist()
     assert [moment.hour for moment in found] == [5, 6]
 
 

@@ -120,6 +120,26 @@ def test_every_engine_gives_the_same_bytes(checkout: Checkout, tmp_path: Path) -
             assert _made(checkout) == embedded, engine.__name__
 
 
+@pytest.mark.parametrize("engine", ["sc://127.0.0.1:1", "spark://127.0.0.1:1,127.0.0.1:2"])
+def test_a_cluster_of_nobody_is_a_fault_at_once(checkout: Checkout, engine: str) -> None:
+    checkout.set(engine=engine)
+    fetch.run(checkout.params())
+    done = checkout.run("pipelines.ingest.load")
+    assert done.status == 1
+    said = f"load: fault: engine: {engine} cannot be reached: Connection refused"
+    assert done.err.splitlines() == [said]
+
+
+def test_without_java_is_one_line(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout.set(engine="local[2]")
+    fetch.run(checkout.params())
+    monkeypatch.setenv("JAVA_HOME", str(checkout.folder))
+    done = checkout.run("pipelines.ingest.load")
+    assert done.status == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("load: error: engine: local[2] needs Java, and ")
+
+
 HELD = """
 from pipelines import engine
 with engine.session("local[1]") as spark:

@@ -99,6 +99,15 @@ def test_a_broken_folder_is_one_line(checkout: Checkout, spoil: object, said: st
         fetch.run(checkout.params())
 
 
+def test_a_folder_of_months_is_named(checkout: Checkout) -> None:
+    """Whoever keeps a folder for each year would miss all its rows."""
+    months = checkout.source / "flights"
+    (months / "2012").mkdir()
+    (months / "2013-05.csv").rename(months / "2012" / "12.csv")
+    with pytest.raises(UserError, match="flights/2012 is no month of flights; expected"):
+        fetch.run(checkout.params())
+
+
 @pytest.mark.parametrize("name", ["2013-5.csv", "2013-05.csv.gz", "2013-05.CSV", "may.csv"])
 def test_a_file_that_is_no_month_is_named(checkout: Checkout, name: str) -> None:
     """Nobody would miss its rows."""

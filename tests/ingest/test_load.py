@@ -1,5 +1,6 @@
 """load types every file at the door: what is wrong is one line with file, line and column."""
 
+import re
 import shutil
 from collections.abc import Callable
 
@@ -7,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from world import Checkout
 
-from pipelines import stage, tables
+from pipelines import engine, stage, tables
 from pipelines.errors import UserError
-from pipelines.ingest import fetch, load
+from pipelines.ingest import datasets, fetch, load
 
 MAY = "flights/2013-05.csv"
 
@@ -39,9 +40,12 @@ def _cell(column: int, value: str) -> Callable[[str], str]:
         (lambda t: t.replace(",", ";"), "line 1 has no comma"),
         (lambda t: t[:-30], "the last line does not end; the file was cut short"),
         (lambda t: _line(t, 4, lambda c: c[:7]), "line 4: expected 19 columns, got 7"),
-        (_cell(5, "soon"), "line 4, column dep_delay: expected int64: invalid value 'soon'"),
+        (_cell(5, "soon"), "line 4, column dep_delay: expected int32: invalid value 'soon'"),
         (_cell(18, "yesterday"), r"line 4, column time_hour: expected timestamp"),
-        (_cell(1, "6"), "line 4 is of month 2013-6; expected 2013-05"),
+        (
+            _cell(18, "2013-06-02T10:00:00Z"),
+            "line 4: time_hour is 2013-06-02 06:00 in America/New_York; expected a time of 2013-05",
+        ),
         (_cell(9, ""), "line 4: carrier is missing; it is part of the key"),
         (
             lambda t: "\n".join([*t.split("\n")[:4], t.split("\n")[3], ""]),
@@ -50,7 +54,7 @@ def _cell(column: int, value: str) -> Callable[[str], str]:
         (lambda t: t.split("\n")[0] + "\n", "no rows; expected at least one"),
         (lambda t: "", "it is empty"),
         (_cell(11, '"N1'), "line 4: expected 19 columns, got 12"),
-        (lambda t: t.replace("\n", "\n\n", 3), "line 2 has no year and month; is it empty?"),
+        (lambda t: t.replace("\n", "\n\n", 3), "line 2 has no time_hour; is it empty?"),
     ],
 )
 def test_a_broken_file_is_one_line_and_no_output(
@@ -65,6 +69,54 @@ def test_a_broken_file_is_one_line_and_no_output(
     assert f"data/raw/{MAY}" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not load.EVENTS.exists()
+
+
+@pytest.fixture(params=["embedded", "local[2]"])
+def written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tables are written as from this engine; what makes them is the embedded one."""
+    session = engine.session
+    monkeypatch.setattr(engine, "session", lambda _: session("embedded"))
+    return str(request.param)
+
+
+def test_two_events_of_one_key_are_one_line(checkout: Checkout, written: str) -> None:
+    """Their raw keys differ, and yet they are one departure."""
+    path = checkout.source / MAY
+    lines = path.read_text().splitlines()
+    fields = dict(zip(lines[0].split(","), lines[3].split(","), strict=True))
+    fields["sched_dep_time"] = str((int(fields["sched_dep_time"]) + 100) % 2400)
+    path.write_text("\n".join([*lines, ",".join(fields.values()), ""]))
+    checkout.set(engine=written)
+    fetch.run(checkout.params())
+    with pytest.raises(UserError) as raised:
+        load.run(checkout.params())
+    said = f"origin={fields['origin']}, carrier={fields['carrier']}, flight={fields['flight']};"
+    assert re.search(f"2013-05: two rows have scheduled_at=.*, {said}", str(raised.value))
+    assert not load.EVENTS.exists()
+
+
+def test_an_event_without_a_time_is_not_lost(
+    checkout: Checkout, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = datasets.sql("flights", "events")
+    sometimes = "case when e.flight % 100 > 0 then e.scheduled_at end as scheduled_at"
+    broken = text.replace("    e.scheduled_at,", f"    {sometimes},")
+    assert broken != text
+    monkeypatch.setattr(datasets, "sql", lambda *_: broken)
+    checkout.set(engine=written)
+    fetch.run(checkout.params())
+    with pytest.raises(UserError, match="a row has no scheduled_at; expected the time of each"):
+        load.run(checkout.params())
+    assert not load.EVENTS.exists()
+
+
+def test_a_query_that_is_wrong_is_one_line(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "sql", lambda *_: "select nonsense from flights")
+    fetch.run(checkout.params())
+    with pytest.raises(UserError, match=r"flights/events\.sql: .*nonsense"):
+        load.run(checkout.params())
 
 
 def test_a_quote_that_swallows_rows_is_one_line(checkout: Checkout) -> None:

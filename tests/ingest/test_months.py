@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,44 @@ def test_a_new_month_costs_a_month(small: Checkout, capsys: pytest.CaptureFixtur
         files = [file for file in tables.months(table) if file.stem not in kept]
         made = sum(tables.pq.read_metadata(file).num_rows for file in files)
         assert f"{made:,} of them made: {len(files)} of 5 months are new" in said, (table, rows)
+
+
+def test_a_table_that_begins_later_has_no_rows_before(small: Checkout) -> None:
+    """Also where nothing but months of before it are made."""
+    for month in ("2013-01", "2013-02"):
+        (small.source / "weather" / f"{month}.csv").unlink()
+    _run(small)
+    _correct(small, "2013-01", 100)
+    _run(small)
+    assert tables.read_file(load.EVENTS / "2013-01.parquet")["temp"].null_count > 0
+    right = _bytes()
+    shutil.rmtree(stage.STATE / "months")
+    _run(small)
+    assert _bytes() == right
+
+
+def test_what_is_kept_may_lie_on_another_disk(small: Checkout, tmp_path: Path) -> None:
+    _run(small)
+    right = _bytes()
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other disk")
+    with tempfile.TemporaryDirectory(dir=other) as disk:
+        shutil.rmtree(stage.STATE / "months")
+        (stage.STATE / "months").symlink_to(disk)
+        for _ in range(2):  # kept there, then taken from there
+            _run(small)
+            assert _bytes() == right
+        assert len(list(Path(disk).rglob("*.parquet"))) == 10
+
+
+def test_a_month_with_rows_goes_before_the_word_that_it_has_none(small: Checkout) -> None:
+    _run(small)
+    right = _bytes()
+    for file in list((stage.STATE / "months").rglob("*.parquet")):
+        file.with_name(f"{file.name.split('.')[0]}.none").touch()
+    _run(small)
+    assert _bytes() == right
 
 
 def test_a_correction_changes_what_can_see_it(small: Checkout) -> None:

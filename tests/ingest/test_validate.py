@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -61,7 +62,7 @@ def test_a_row_is_found_in_an_hour_that_comes_twice_on_the_clock_here(
     month = pq.read_table(file)
     at = month["scheduled_at"]
     there = pc.and_(pc.greater_equal(at, hour[0]), pc.less(at, hour[1]))
-    distance = pc.if_else(there, 99_999, month["distance"])
+    distance = pc.if_else(there, pa.scalar(99_999, pa.int32()), month["distance"])
     place = month.schema.get_field_index("distance")
     tables.write(month.set_column(place, "distance", distance), file)
     monkeypatch.setenv("TZ", "Pacific/Auckland")  # where 14 to 16 in UTC are one hour, twice
@@ -106,10 +107,16 @@ def test_a_broken_table_stops_the_run(
 
 
 def test_an_expectation_that_raised_is_a_fault(events: Checkout) -> None:
-    _expect(events, "expect_column_values_to_be_between", column="no_such_column", max_value=1)
-    with pytest.raises(RuntimeError, match=r"no_such_column: .* could not be computed"):
+    _expect(events, "expect_column_values_to_match_regex", column="origin", regex="(")
+    with pytest.raises(RuntimeError, match=r"origin: .* could not be computed"):
         validate.run(events.params())
     assert not validate.ACCEPTED.exists()
+
+
+def test_a_column_that_is_none_is_the_suites_mistake(events: Checkout) -> None:
+    _expect(events, "expect_column_values_to_be_between", column="no_such_column", max_value=1)
+    with pytest.raises(UserError, match=r"flights\.json: data/events has no column no_such_column"):
+        validate.run(events.params())
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,24 @@ def test_a_lock_whose_stages_do_not_meet_is_refused(copied: Checkout) -> None:
     assert "was made of another data/features than featurize gave last" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("data/accepted/2013-02.parquet", "data/accepted/2013-02.parquet is no whole Parquet file"),
+        ("dvc.lock", "dvc.lock is not YAML: "),
+    ],
+)
+def test_what_is_damaged_is_named(copied: Checkout, path: str, said: str) -> None:
+    file = copied.folder / path
+    content = file.read_bytes()
+    file.unlink()  # DVC's cache keeps its own
+    file.write_bytes(content[: len(content) // 2] + b": [")
+    ended = traced(copied)
+    assert ended.status == 2
+    assert ended.err.startswith(f"lineage: error: {said}")
+    assert ended.err.count("\n") == 1
+
+
 def test_a_column_is_traced_to_the_raw_tables(copied: Checkout) -> None:
     ended = traced(copied, "tail_slack")
     assert ended.out.splitlines() == [

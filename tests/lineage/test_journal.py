@@ -57,7 +57,11 @@ def test_what_does_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
 def test_a_line_of_somebody_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert list(journal.read()) == []
-    journal.append("{}")
+    journal.append('{"eventType": "START"}')
     journal.append("{half")
     with pytest.raises(UserError, match=r"events\.jsonl: line 2 is no event"):
         list(journal.read())
+    for line in (b"[]", b"\xff", b"7"):
+        journal.JOURNAL.write_bytes(line + b"\n")
+        with pytest.raises(UserError, match=r"events\.jsonl: line 1 is no event"):
+            list(journal.read())

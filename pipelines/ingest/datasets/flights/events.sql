@@ -5,8 +5,8 @@
 with scheduled as (
     select
         *,
-        timestampadd(minute, minute, time_hour) as scheduled_at,
-        timestampadd(minute, minute - :horizon_minutes, time_hour) as prediction_time
+        timestampadd(minute, sched_dep_time % 100, time_hour) as scheduled_at,
+        timestampadd(minute, sched_dep_time % 100 - :horizon_minutes, time_hour) as prediction_time
     from flights
 ),
 
@@ -33,7 +33,7 @@ timed as (
 arrived as (
     select
         *,
-        timestampadd(minute, block_minutes + arr_delay, scheduled_at) as arrived_at,
+        timestampadd(minute, arr_delay, timestampadd(minute, block_minutes, scheduled_at)) as arrived_at,
         least(:as_of, timestampadd(day, :settle_days, scheduled_at)) as told_before
     from timed
 ),
@@ -70,6 +70,8 @@ select
     case when e.arrived_at < e.told_before then e.arrived_at end as arrived_at,
     case when e.arrived_at < e.told_before then e.arr_delay end as arr_delay,
     case when e.arrived_at < e.told_before then e.air_time end as air_time,
+    case when e.arrived_at < e.told_before then timestampdiff(minute, e.departed_at, e.arrived_at) end
+        as elapsed_minutes,
     p.year as plane_year,
     p.manufacturer,
     p.model as plane_model,
