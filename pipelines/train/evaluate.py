@@ -2,8 +2,8 @@
 
 in:   models/fit/, data/features/
 out:  reports/evaluate/verdict.json: metrics with bootstrap intervals, the same for gradient
-      boosting on the same rows, slices, behaviour checks, the leak canary, and the verdict with
-      its reasons
+      boosting on the same rows, figures by month and by slice, how far slices lie apart, behaviour
+      checks, the leak canary, and the verdict with its reasons
 page: reports/evaluate/evaluate.png (for eyes, not tracked)
 run:  dvc repro evaluate
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = Path("reports/evaluate/evaluate.png")
 VERDICT = Path("reports/evaluate/verdict.json")
+FEW = 500  # rows of a slice below which a share says little
 Labels = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.floating]
 
@@ -64,7 +65,9 @@ def run(params: Params) -> None:
         "rows": {name: len(rows) for name, rows in splits.items()},
         "metrics": metrics.with_intervals(label, prediction, resamples, seed),
         "baseline": metrics.with_intervals(label, boosted, resamples, seed),
-        "slices": slices(label, prediction, params.dataset.slices),
+        "months": cut(label, prediction, months(params.dataset.time), params.package.threshold),
+        "slices": (sliced := slices(label, prediction, params)),
+        "fairness": {name: apart(values) for name, values in sliced.items()},
         "behaviour": behaviour,
         "canary": {"auc": round(canary, 4), "allowed": params.evaluate.leak_auc},
         "reliability": metrics.reliability(label, prediction),
@@ -167,26 +170,65 @@ def baseline(
     return boosting.predict_proba(table(splits["test"]))[:, 1]  # type: ignore[no-any-return]
 
 
-def slices(
-    label: Labels, prediction: Probabilities, columns: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Figures for each value of each column of the test rows."""
-    cut: dict[str, dict[str, Any]] = {}
-    for name in columns:
-        months = tables.read_months(data.FEATURES, [name, "split"])
-        values = np.concatenate(
-            [m.filter(pc.equal(m["split"], "test"))[name].to_numpy().astype(str) for m in months]
-        )
-        cut[name] = {}
-        for value in np.unique(values):
-            rows = values == value
-            cut[name][str(value)] = {
-                "rows": int(rows.sum()),
-                "label_rate": round(float(label[rows].mean()), metrics.DIGITS),
-                "mean_probability": round(float(prediction[rows].mean()), metrics.DIGITS),
-                **metrics.point(label[rows], prediction[rows]),
-            }
-    return cut
+def slices(label: Labels, prediction: Probabilities, params: Params) -> dict[str, dict[str, Any]]:
+    """Figures for each value of each column by which the test rows are cut."""
+    return {
+        name: cut(label, prediction, _column(name).astype(str), params.package.threshold)
+        for name in params.dataset.slices
+    }
+
+
+def months(time: str) -> npt.NDArray[Any]:
+    """The month of each test row, in UTC."""
+    return _column(time).astype("datetime64[M]").astype(str)
+
+
+def _column(name: str) -> npt.NDArray[Any]:
+    """A column of the test rows."""
+    read = tables.read_months(data.FEATURES, list({name, "split"}))
+    return np.concatenate([m.filter(pc.equal(m["split"], "test"))[name].to_numpy() for m in read])
+
+
+def cut(
+    label: Labels, prediction: Probabilities, values: npt.NDArray[Any], threshold: float
+) -> dict[str, dict[str, float | None]]:
+    """Figures for the rows of each value. From the threshold on a row is flagged; caught are those
+    of the label, false alarms those without it (null where there is no such row).
+    """
+    found = {}
+    flagged = prediction >= threshold
+    for value in np.unique(values):
+        rows = values == value
+        found[str(value)] = {
+            "rows": int(rows.sum()),
+            "label_rate": _share(label, rows),
+            "mean_probability": _share(prediction, rows),
+            "flagged": _share(flagged, rows),
+            "caught": _share(flagged, rows & (label == 1)),
+            "false_alarms": _share(flagged, rows & (label == 0)),
+            **metrics.point(label[rows], prediction[rows]),
+        }
+    return found
+
+
+def _share(values: npt.NDArray[Any], rows: npt.NDArray[np.bool_]) -> float | None:
+    return round(float(values[rows].mean()), metrics.DIGITS) if rows.any() else None
+
+
+def apart(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How far the values of a slice lie apart, largest less smallest, where there are enough rows:
+    in the share that is flagged (demographic parity), that is caught (equal opportunity), of false
+    alarms (with that, equalised odds; Hardt et al., "Equality of Opportunity in Supervised
+    Learning", 2016), and in how far the mean probability is from the rate of the label.
+    """
+    many = {name: held for name, held in values.items() if held["rows"] >= FEW}
+    found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many)}
+    for figure in ("flagged", "caught", "false_alarms"):
+        shares = [held[figure] for held in many.values() if held[figure] is not None]
+        found[figure] = round(max(shares) - min(shares), metrics.DIGITS) if shares else None
+    gaps = [held["mean_probability"] - held["label_rate"] for held in many.values()]
+    found["calibration"] = round(max(gaps) - min(gaps), metrics.DIGITS) if gaps else None
+    return found
 
 
 def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> list[dict[str, Any]]:
