@@ -439,9 +439,14 @@ class Column(_Block):
 
 
 class Contract(_Block):
-    """The dataset's contract.yaml: who answers for its tables, and their columns."""
+    """The dataset's contract.yaml: who answers for its tables, what a model of them is for, and
+    their columns.
+    """
 
     owner: Annotated[str, Field(min_length=1)]
+    purpose: Annotated[str, Field(min_length=1)]
+    uses: Names
+    limits: Names
     events: dict[str, Column]
 
 

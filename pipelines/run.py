@@ -32,6 +32,7 @@ STAGES = (
     "fit",
     "evaluate",
     "package",
+    "card",
     "score",
     "drift",
     "register",
@@ -215,6 +216,7 @@ def _where(params: Params) -> list[str]:
         _page("evaluate", REPORTS / "evaluate" / "evaluate.png"),
         _page("validate", REPORTS / "validate" / "data_docs", docs),
         _page("drift", REPORTS / "drift" / "report.html"),
+        _page("card", REPORTS / "model_card.html", verdict=REPORTS / "model_card.md"),
     ]
     return [
         "",
@@ -231,9 +233,9 @@ def _next(aliases: list[str] | None) -> list[str]:
     return ["", "  next        make serve"] if CHAMPION in (aliases or ()) else []
 
 
-def _page(name: str, noted: Path, shown: Path | None = None) -> str:
+def _page(name: str, noted: Path, shown: Path | None = None, verdict: Path | None = None) -> str:
     """Where to look, or how to make the page again where it is of another run or gone."""
-    if stage.is_page_of(noted, REPORTS / name / "verdict.json"):
+    if stage.is_page_of(noted, verdict or REPORTS / name / "verdict.json"):
         return str(shown or noted)
     return f"{noted} is not of this run; make it: dvc repro --force --single-item {name}"
 

@@ -17,12 +17,13 @@ from pipelines import tracking
 
 pytestmark = pytest.mark.pipeline
 ORDER = ["ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
-         "train.fit", "train.evaluate", "train.package",
+         "train.fit", "train.evaluate", "train.package", "train.card",
          "deploy.score", "deploy.drift"]  # fmt: skip
 OUTS = {
     "ingest.load": ["data/events"], "ingest.validate": ["data/accepted", "data/quarantine"],
     "ingest.featurize": ["data/features"], "train.fit": ["models/fit"],
     "train.evaluate": ["reports/evaluate/verdict.json"], "train.package": ["models/bundle"],
+    "train.card": ["reports/model_card.md"],
     "deploy.score": ["data/predictions"], "deploy.drift": ["reports/drift/verdict.json"],
 }  # fmt: skip
 
@@ -38,7 +39,7 @@ def test_a_run_ends_in_one_screen_and_a_second_changes_nothing(small: Checkout) 
     assert first.status == 0, first
     for said in ("in quarantine", "gradient boosting", "calibration error", "drift ",
                  "flights version 1, ", "peak MB", "engine-flights.html",
-                 "mlflow server"):  # fmt: skip
+                 "model_card.html", "mlflow server"):  # fmt: skip
         assert said in first.out
     assert "Traceback" not in first.out + first.err
     lock = (small.folder / "dvc.lock").read_bytes()

@@ -122,7 +122,8 @@ def test_an_error_is_one_line_and_a_status(
     "module",
     [
         "ingest.fetch", "ingest.load", "ingest.validate", "ingest.featurize",
-        "train.fit", "train.evaluate", "train.package", "deploy.score", "deploy.drift",
+        "train.fit", "train.evaluate", "train.package", "train.card",
+        "deploy.score", "deploy.drift",
         "deploy.register", "deploy.gate", "deploy.champion",
     ],
 )  # fmt: skip

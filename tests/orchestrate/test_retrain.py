@@ -26,7 +26,7 @@ from pipelines.orchestrate import local
 
 pytestmark = pytest.mark.airflow
 INGEST = ("fetch", "load", "validate", "featurize")
-TRAIN = ("fit", "evaluate", "package", "score", "drift")
+TRAIN = ("fit", "evaluate", "package", "card", "score", "drift")
 
 
 def _plain_lock(airflow: Airflow, run: str, folder: Path) -> str:

@@ -1,0 +1,213 @@
+"""card: what whoever meets the model has to know, filled from what the stages before it found.
+
+in:   models/bundle/, reports/{validate,evaluate,package}/verdict.json, the dataset's contract.yaml
+out:  reports/model_card.md
+page: reports/model_card.html, with the picture of evaluate (for eyes, not tracked)
+run:  dvc repro card
+
+After Mitchell et al., "Model Cards for Model Reporting", 2019. Nobody writes it: purpose, uses and
+limits are the contract's, every figure is a verdict's, and what moves the model most is explained
+on rows of the bundle's reference (pipelines/explain.py).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import bundle, explain, metrics, stage, tables
+from pipelines import params as parameters
+from pipelines.params import Contract, Params
+
+CARD = Path("reports/model_card.md")
+PAGE = Path("reports/model_card.html")
+VERDICTS = ("validate", "evaluate", "package")
+# Rows of the reference, and orders of the columns on each: enough to tell the first columns apart.
+ROWS, ORDERS = 100, 8
+SHOWN = 15
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;margin:1rem 0}img{max-width:100%}"
+    "td,th{padding:.2rem .8rem;text-align:left;border-bottom:1px solid #ddd}"
+)
+Verdicts = Mapping[str, Any]
+
+
+def run(params: Params) -> None:
+    name = params.dataset.name
+    where = Path("pipelines/ingest/datasets") / name / "contract.yaml"
+    contract = parameters.checked(where, Contract)
+    verdicts = {one: stage.read_json(Path(f"reports/{one}/verdict.json")) for one in VERDICTS}
+    scorer = bundle.load(bundle.FOLDER)
+    text = "\n".join(
+        [
+            f"# Model card: {name}",
+            *_purpose(contract, scorer.contract, verdicts["evaluate"]),
+            *_data(contract, scorer.contract, verdicts),
+            *_figures(verdicts["evaluate"]),
+            *_slices(verdicts["evaluate"], scorer.contract["threshold"]),
+            *_behaviour(verdicts["evaluate"]),
+            *_moving(scorer),
+            *_made(scorer.contract, verdicts["package"]),
+            "",
+        ]
+    )
+    with stage.whole(CARD) as partial:
+        partial.write_text(text, encoding="utf-8")
+    with stage.page(PAGE, CARD), stage.whole(PAGE) as partial:
+        partial.write_text(page(text, f"Model card: {name}"), encoding="utf-8")
+    stage.say("card", f"{CARD}, and as a page {PAGE}")
+
+
+def page(text: str, title: str) -> str:
+    """The card as one HTML page; nothing in it is taken for HTML."""
+    import html
+
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    picture = '<p><img src="evaluate/evaluate.png" alt="calibration, figures, slices"></p>'
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{picture}</body></html>\n'
+    )
+
+
+def _purpose(contract: Contract, made: Mapping[str, Any], verdict: Verdicts) -> list[str]:
+    said = "passed every check" if verdict["passed"] else "; ".join(verdict["reasons"])
+    return [
+        "",
+        f"{contract.purpose} From {made['threshold']} on it may be called so. As of "
+        f"{made['as_of'][:10]} it **{said}**. {contract.owner} answers for it.",
+        *_section("Use"),
+        *(f"- {use}" for use in contract.uses),
+        *_section("Limits"),
+        *(f"- {limit}" for limit in contract.limits),
+    ]
+
+
+def _data(contract: Contract, made: Mapping[str, Any], verdicts: Verdicts) -> list[str]:
+    rows, seen = verdicts["evaluate"]["rows"], verdicts["validate"]
+    days = made["params"]["featurize"]
+    personal = [name for name, column in contract.events.items() if column.pii != "none"]
+    return [
+        *_section("Data"),
+        f"{seen['rows']:,} events, of which {seen['quarantined']:,} broke an expectation and were "
+        f"left out. {rows['train']:,} rows to learn from, the {days['val_days']} days after them "
+        f"({rows['val']:,} rows) to choose and calibrate, the last {days['test_days']} "
+        f"({rows['test']:,}) to measure. {len(made['columns'])} columns; personal: "
+        f"{', '.join(personal) or 'none'}.",
+    ]
+
+
+def _figures(verdict: Verdicts) -> list[str]:
+    def told(figure: Mapping[str, float]) -> str:
+        return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+
+    lines = [
+        [name.replace("_", " "), told(verdict["metrics"][name]), told(verdict["baseline"][name])]
+        for name in metrics.NAMES
+    ]
+    months = [_cut(name, held) for name, held in verdict["months"].items()]
+    return [
+        *_section("Figures"),
+        "On the test rows, with 95 % intervals.",
+        "",
+        *_table(["", "model", "gradient boosting"], lines),
+        *_section("Calibration by month"),
+        *_table(["month", "rows", "mean probability", "rate", "calibration error", "AUC"], months),
+    ]
+
+
+def _cut(name: str, held: Mapping[str, Any]) -> list[str]:
+    figures = ("mean_probability", "label_rate", "calibration_error", "auc")
+    return [name, f"{held['rows']:,}", *(f"{held[figure]:.4f}" for figure in figures)]
+
+
+def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
+    names = ("calibration", "flagged", "caught", "false_alarms")
+    lines = [
+        [column, str(gaps["values"]), *(_share(gaps[name]) for name in names)]
+        for column, gaps in verdict["fairness"].items()
+    ]
+    header = ["cut by", "values", "probability less rate", "flagged", "caught", "false alarms"]
+    yield from _section("How far slices lie apart")
+    yield (
+        "The largest value less the smallest, of slices with rows enough. Flagged: the share from "
+        f"{threshold} on; caught: of those that were; false alarms: of those that were not.\n"
+    )
+    yield from _table(header, lines)
+    for column, values in verdict["slices"].items():
+        yield from _section(f"By {column}")
+        header = [column, "rows", "mean probability", "rate", "calibration error", "AUC"]
+        yield from _table(header, [_cut(name, held) for name, held in values.items()])
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _behaviour(verdict: Verdicts) -> list[str]:
+    lines = [
+        [
+            one["name"],
+            f"{one['before']:.4f}",
+            f"{one['after']:.4f}",
+            "yes" if one["passed"] else "no",
+        ]
+        for one in verdict["behaviour"]
+    ]
+    return [
+        *_section("Behaviour"),
+        *_table(["change", "mean risk before", "after", "holds"], lines),
+    ]
+
+
+def _moving(scorer: bundle.Scorer) -> list[str]:
+    """The columns that move predictions most: the mean size of what they add."""
+    reference = tables.read_file(bundle.FOLDER / bundle.REFERENCE)
+    every = np.linspace(0, reference.num_rows - 1, min(ROWS, reference.num_rows)).astype(int)
+    rows: pa.Table = reference.take(pa.array(every))
+    sizes = np.mean(
+        [
+            np.abs(explain.explain(scorer, rows.slice(at, 1), reference, ORDERS).contributions)
+            for at in range(rows.num_rows)
+        ],
+        axis=0,
+    )
+    names = [column["name"] for column in scorer.contract["columns"]]
+    first = np.argsort(-sizes, kind="stable")[:SHOWN]
+    return [
+        *_section("What moves it most"),
+        f"The mean size of what a column adds to the probability, on {rows.num_rows} rows of the "
+        "reference. Of one row: `python -m pipelines.explain`.",
+        "",
+        *_table(["column", "adds"], [[names[at], f"{sizes[at]:.3f}"] for at in first]),
+    ]
+
+
+def _made(made: Mapping[str, Any], verdict: Verdicts) -> list[str]:
+    lines = [[f"fit.{name}", str(value)] for name, value in made["params"]["fit"].items()]
+    lines += [
+        ["bundle", stage.digest(bundle.FOLDER)[:12]],
+        ["model.onnx", f"{verdict['model_bytes']:,} bytes"],
+        ["ONNX Runtime and torch differ by at most", f"{verdict['parity']:.0e}"],
+    ]
+    return [*_section("How it was made"), *_table(["", ""], lines)]
+
+
+def _section(title: str) -> list[str]:
+    return ["", f"## {title}", ""]
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return [line(header), line(["---"] * len(header)), *map(line, lines)]
+
+
+if __name__ == "__main__":
+    stage.main(run)

@@ -1,0 +1,124 @@
+"""The model card says what the stages found, and nobody wrote it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from deploy import bundles
+from world import Checkout
+
+from pipelines import bundle, metrics, stage
+from pipelines.errors import UserError
+from pipelines.train import card, evaluate
+
+
+def _interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+@pytest.fixture
+def judged(checkout: Checkout) -> Checkout:
+    """With a tiny bundle, and verdicts as the stages before write them."""
+    folder = checkout.folder / bundle.FOLDER
+    bundles.make(folder)
+    contract = json.loads((folder / bundle.CONTRACT).read_text())
+    params = checkout.params()
+    contract["params"] = {
+        "fit": params.fit.model_dump(),
+        "featurize": params.featurize.model_dump(),
+    }
+    stage.write_json(folder / bundle.CONTRACT, contract)
+    random = np.random.default_rng(3)
+    label = random.integers(0, 2, 4000)
+    probability = np.clip(0.3 * label + random.random(4000) * 0.7, 0, 1)
+    months = np.repeat(["2013-04", "2013-05"], 2000)
+    by_origin = evaluate.cut(label, probability, random.choice(["EWR", "J|K"], 4000), 0.5)
+    verdicts = {
+        "validate": {"rows": 4321, "quarantined": 7},
+        "package": {"model_bytes": 12345, "parity": 3e-7},
+        "evaluate": {
+            "rows": {"train": 2000, "val": 1000, "test": 987},
+            "passed": True, "reasons": [],
+            "metrics": {name: _interval(0.2 + at / 10) for at, name in enumerate(metrics.NAMES)},
+            "baseline": {name: _interval(0.5) for name in metrics.NAMES},
+            "months": evaluate.cut(label, probability, months, 0.5),
+            "slices": {"origin": by_origin},
+            "fairness": {"origin": evaluate.apart(by_origin)},
+            "behaviour": [{"name": "more", "before": 0.1, "after": 0.2, "passed": True}],
+        },
+    }  # fmt: skip
+    for name, verdict in verdicts.items():
+        stage.write_json(checkout.folder / "reports" / name / "verdict.json", verdict)
+    return checkout
+
+
+def test_every_part_is_filled_and_it_repeats(judged: Checkout) -> None:
+    card.run(judged.params())
+    text = card.CARD.read_text()
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert headings == [
+        "Use", "Limits", "Data", "Figures", "Calibration by month", "How far slices lie apart",
+        "By origin", "Behaviour", "What moves it most", "How it was made",
+    ]  # fmt: skip
+    for said in (
+        "4,321 events, of which 7 broke", "2,000 rows to learn from", "passed every check",
+        "| auc | 0.2000 (0.1900 to 0.2100) | 0.5000 (0.4900 to 0.5100) |", "| 2013-05 | 2,000 |",
+        "| more | 0.1000 | 0.2000 | yes |", stage.digest(bundle.FOLDER)[:12], "12,345 bytes",
+    ):  # fmt: skip
+        assert said in text, said
+    card.run(judged.params())
+    assert card.CARD.read_text() == text
+    assert stage.is_page_of(card.PAGE, card.CARD)
+
+
+def test_the_page_shows_tables_and_takes_nothing_for_html() -> None:
+    shown = card.page("# A <b>\n\n| a | b |\n| --- | --- |\n| J\\|K | <script>x</script> |\n", "t<")
+    assert "<td>J|K</td>" in shown
+    assert "<script" not in shown
+    assert "<title>t&lt;</title>" in shown
+
+
+def test_what_moves_it_most_stands_first(judged: Checkout) -> None:
+    card.run(judged.params())
+    text = card.CARD.read_text().partition("## What moves it most")[2].partition("##")[0]
+    sizes = [float(size) for size in re.findall(r"^\| (?:origin|x|y) \| ([\d.]+) \|$", text, re.M)]
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 0
+
+
+def test_a_model_that_did_not_pass_says_why(judged: Checkout) -> None:
+    path = judged.folder / "reports" / "evaluate" / "verdict.json"
+    verdict = json.loads(path.read_text())
+    stage.write_json(path, verdict | {"passed": False, "reasons": ["AUC 0.2 is below", "more"]})
+    card.run(judged.params())
+    assert "**AUC 0.2 is below; more**" in card.CARD.read_text()
+
+
+def test_a_contract_without_limits_is_one_line(
+    judged: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = judged.folder / "pipelines/ingest/datasets/flights/contract.yaml"
+    text = path.read_text()
+    path.write_text(re.sub(r"^limits:\n(  .*\n)+", "limits: []\n", text, flags=re.M))
+    with pytest.raises(UserError, match=r"contract\.yaml: limits: list should have at least 1"):
+        card.run(judged.params())
+
+
+def test_slices_that_are_alike_do_not_lie_apart() -> None:
+    label = np.tile([0, 1, 0, 0], 500)
+    probability = np.tile([0.1, 0.9, 0.6, 0.2], 500)
+    values = np.repeat(["a", "b"], 1000)
+    found = evaluate.apart(evaluate.cut(label, probability, values, 0.5))
+    assert found == {
+        "values": 2, "left_out": 0,
+        "flagged": 0.0, "caught": 0.0, "false_alarms": 0.0, "calibration": 0.0,
+    }  # fmt: skip
+    # All of b is flagged: those of the label already were, and a third of the others.
+    worse = np.where(values == "b", 0.9, probability)
+    apart = evaluate.apart(evaluate.cut(label, worse, values, 0.5))
+    assert (apart["flagged"], apart["caught"]) == (0.5, 0.0)
+    assert apart["false_alarms"] == pytest.approx(2 / 3, abs=1e-6)
+    few = np.append(np.repeat("a", 1999), "b")
+    assert evaluate.apart(evaluate.cut(label, probability, few, 0.5))["left_out"] == 1
