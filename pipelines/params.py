@@ -184,6 +184,7 @@ class Trainer(_Block):
     devices: Positive  # of each node
     nodes: Positive
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    compile: bool
     threads: Positive
 
 

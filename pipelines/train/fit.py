@@ -104,6 +104,8 @@ def train_network(
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
+    if fit.trainer.compile:
+        network.head.compile(dynamic=True)  # the last batch is smaller
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
     try:
         trainer.fit(module, FeatureData(encoded[0], encoded[1], fit), ckpt_path=saving.newest())

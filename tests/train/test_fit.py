@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 
 import numpy as np
@@ -116,6 +117,30 @@ def test_a_mixed_precision_trains(features: Checkout) -> None:
     features.set(fit={"max_epochs": 1, "trainer": {"precision": "bf16-mixed"}})
     fit.run(features.params())
     assert fitted.FOLDER.exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_learns_the_same(features: Checkout) -> None:
+    losses = []
+    for compiled in (False, True):
+        # Compiled, the same seed drops out other units.
+        options = {"model": "logistic", "dropout": 0.0, "max_epochs": 2}
+        features.set(fit={**options, "trainer": {"compile": compiled}})
+        fit.run(features.params())
+        losses.append([one["val_loss"] for one in stage.read_json(fitted.FOLDER / fitted.CURVES)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gpu_learns_what_the_processor_learns(features: Checkout, precision: str) -> None:
+    losses = []
+    for accelerator, exact in (("cpu", "32-true"), ("gpu", precision)):
+        trainer = {"accelerator": accelerator, "precision": exact}
+        features.set(fit={"max_epochs": 2, "trainer": trainer})
+        fit.run(features.params())
+        losses.append([one["val_loss"] for one in stage.read_json(fitted.FOLDER / fitted.CURVES)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-2)
 
 
 def test_a_killed_fit_does_not_run_for_ever_in_the_store(features: Checkout) -> None:
