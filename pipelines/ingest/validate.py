@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import stage, tables
 from pipelines.errors import UserError
@@ -59,28 +58,32 @@ def divide(params: Params) -> tuple[int, int]:
     """Write the page, the two tables and the verdict. Returns the rows, and those in quarantine."""
     from pipelines import engine
 
-    suite = read_suite(params.dataset.name)
-    with engine.session(params.engine) as spark:
-        events = spark.read.parquet(str(EVENTS.resolve()))
-        _check_columns(suite, events.columns)
-        stage.say(
-            "validate",
-            f"{len(suite['expectations'])} expectations on {tables.count(EVENTS):,} events",
-        )
-        # A row is named by its key, and found by its month.
-        names = list(dict.fromkeys([params.dataset.time, *params.dataset.key]))
-        with stage.fresh(DOCS) as docs:
-            result = check(events, suite, docs)
-        stop_on_table_breach(result)
-        reasons = broken_rows(rows_of(result, events, names), names)
-    total = tables.count(EVENTS)
-    if len(reasons) > params.validate_.max_quarantine * total:
-        raise UserError(
-            f"{len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}; "
-            "expected at most the share validate.max_quarantine = "
-            f"{params.validate_.max_quarantine}"
-        )
-    _divide(reasons, names)
+    suite, total = read_suite(params.dataset.name), tables.count(EVENTS)
+    # A row is named by its key, and found by its month.
+    names = list(dict.fromkeys([params.dataset.time, *params.dataset.key]))
+    with (
+        stage.fresh(ACCEPTED) as accepted,
+        stage.fresh(QUARANTINE) as quarantine,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # While they are judged: few months hold a row that is not accepted.
+        all_accepted = beside.submit(_accept, accepted, quarantine)
+        with engine.session(params.engine) as spark:
+            events = spark.read.parquet(str(EVENTS.resolve()))
+            _check_columns(suite, events.columns)
+            stage.say("validate", f"{len(suite['expectations'])} expectations on {total:,} events")
+            with stage.fresh(DOCS) as docs:
+                result = check(events, suite, docs)
+            stop_on_table_breach(result)
+            reasons = broken_rows(rows_of(result, events, names), names)
+        if len(reasons) > params.validate_.max_quarantine * total:
+            raise UserError(
+                f"{len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}; "
+                "expected at most the share validate.max_quarantine = "
+                f"{params.validate_.max_quarantine}"
+            )
+        all_accepted.result()
+        _set_apart(reasons, names, accepted, quarantine)
     stage.write_json(VERDICT, verdict(result, total, len(reasons)))
     return total, len(reasons)
 
@@ -262,32 +265,38 @@ def _failed(result: "ExpectationSuiteValidationResult") -> list[str]:
     return [_name(item) for item in result.results if not item.success]
 
 
-def _divide(reasons: dict[tuple[Any, ...], list[str]], names: list[str]) -> None:
-    """Write every event to exactly one of accepted and quarantine, order kept. `names` are the
-    columns that name a row, its time first. A month without a broken row is accepted as it is.
+def _accept(accepted: Path, quarantine: Path) -> None:
+    """Write every month as if all of its events were accepted: the very file."""
+    for file in tables.months(EVENTS):
+        stage.link(accepted / file.name, file)
+        (quarantine / file.name).write_bytes(_none(tables.footer(file).schema.to_arrow_schema()))
+
+
+def _set_apart(
+    reasons: dict[tuple[Any, ...], list[str]], names: list[str], accepted: Path, quarantine: Path
+) -> None:
+    """Write the months with broken rows anew, so that every event is in exactly one of both, order
+    kept. `names` are the columns that name a row, its time first.
     """
     by_month: defaultdict[str, dict[tuple[Any, ...], list[str]]] = defaultdict(dict)
     for row, why in reasons.items():
         by_month[f"{row[0].astimezone(UTC):%Y-%m}"][row] = why
-    with stage.fresh(ACCEPTED) as accepted, stage.fresh(QUARANTINE) as quarantine:
 
-        def divide_month(file: Path) -> int:
-            if not (here := by_month.get(file.stem)):
-                stage.link(accepted / file.name, file)
-                (quarantine / file.name).write_bytes(_none(pq.read_schema(file)))
-                return 0
-            month = tables.read_file(file)
-            column = pa.array(_reasons(month, here, names), REASONS.type)
-            good = pc.is_null(column)
-            tables.write(month.filter(good), accepted / file.name)
-            broken = month.append_column(REASONS, column).filter(pc.invert(good))
-            tables.write(broken, quarantine / file.name)
-            return int(broken.num_rows)
+    def divide_month(name: str) -> int:
+        file = f"{name}.parquet"
+        month = tables.read_file(EVENTS / file)
+        column = pa.array(_reasons(month, by_month[name], names), REASONS.type)
+        good = pc.is_null(column)
+        (accepted / file).unlink()  # it is the month of the events
+        tables.write(month.filter(good), accepted / file)
+        broken = month.append_column(REASONS, column).filter(pc.invert(good))
+        tables.write(broken, quarantine / file)
+        return int(broken.num_rows)
 
-        with ThreadPoolExecutor(MONTHS) as pool:
-            apart = sum(pool.map(divide_month, tables.months(EVENTS)))
-        if apart != len(reasons):
-            raise RuntimeError(f"{len(reasons)} rows are broken, but {apart} were found by key")
+    with ThreadPoolExecutor(MONTHS) as pool:
+        apart = sum(pool.map(divide_month, sorted(by_month)))
+    if apart != len(reasons):
+        raise RuntimeError(f"{len(reasons)} rows are broken, but {apart} were found by key")
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def test_every_feature_is_traced_to_columns_of_the_source(params: Params) -> Non
     assert {name for name in origins if not origins[name]} == set(filter(counts.fullmatch, origins))
     assert origins["tail_slack"] == {
         ("data/raw/airports", "tzone"), ("data/raw/flights", "dep_delay"),
-        ("data/raw/flights", "minute"), ("data/raw/flights", "sched_arr_time"),
+        ("data/raw/flights", "sched_arr_time"), ("data/raw/flights", "sched_dep_time"),
         ("data/raw/flights", "time_hour"),
     }  # fmt: skip
 

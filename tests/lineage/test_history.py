@@ -156,7 +156,7 @@ def test_a_column_is_traced_to_the_raw_tables(copied: Checkout) -> None:
         "data/accepted         block_minutes, departed_at, scheduled_at",
         "data/events           block_minutes, departed_at, scheduled_at",
         "data/raw/airports     tzone",
-        "data/raw/flights      dep_delay, minute, sched_arr_time, time_hour",
+        "data/raw/flights      dep_delay, sched_arr_time, sched_dep_time, time_hour",
     ]
     assert "split: featurize makes it, and no SQL says of what" in traced(copied, "split").out
     unknown = traced(copied, "nothing")

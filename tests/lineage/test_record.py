@@ -136,7 +136,7 @@ def test_columns_are_traced_from_features_to_raw_tables(made: Checkout) -> None:
     assert accepted["block_minutes"] == {"data/events.block_minutes"}
     assert columns(load, "data/events")["block_minutes"] == {
         "data/raw/airports.tzone", "data/raw/flights.sched_arr_time",
-        "data/raw/flights.minute", "data/raw/flights.time_hour",
+        "data/raw/flights.sched_dep_time", "data/raw/flights.time_hour",
     }  # fmt: skip
     # Every field is one of the dataset it names.
     for event in (load, validate, featurize):
