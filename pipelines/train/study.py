@@ -131,7 +131,8 @@ def _earlier(held: "Study", params: Params) -> list[dict[str, Any]]:
     """
     from optuna import get_all_study_summaries, load_study
 
-    storage, about = held._storage, [params.dataset.name, params.fit.model]
+    storage = _storage(params.tune.storage)
+    about = [params.dataset.name, params.fit.model]
     summaries = get_all_study_summaries(storage)
     others = [
         one

@@ -62,6 +62,8 @@ def run(params: Params) -> None:
         after = winner.checked(before, {key: new for key, (_, new) in changes.items()})
         print(winner.commit(before, after, message(verdict)), end="", flush=True)
     stage.say("tune", verdict["reason"])
+    if verdict["beats"]:
+        stage.say("tune", "params.yaml is committed; make run fits with it")
 
 
 def judged(job: Job, held: "Study", present: dict[str, Any]) -> dict[str, Any]:
