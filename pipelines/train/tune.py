@@ -154,8 +154,8 @@ def message(verdict: dict[str, Any]) -> str:
         *table,
         "",
         f"Lower by {verdict['gain']}, with 95 % confidence by {verdict['surely']}.",
-        f"Study {verdict['study']}: trial {verdict['best']} of {len(verdict['trials'])}, "
-        f"{pruned} pruned.",
+        f"Study {verdict['study']}: {len(verdict['trials'])} trials, {pruned} pruned; the best is "
+        f"number {verdict['best']}, counted from 0.",
     ]
     return "\n".join(lines)
 
@@ -184,13 +184,16 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
             first.axvline(one["number"], color="0.9", zorder=0)
     first.set(title="Trials (grey: pruned)", xlabel="trial", ylabel="validation log loss")
     first.legend()
-    logarithmic = [key for key, one in verdict["space"]["ranges"].items() if one["log"]]
+    ranges, choices = verdict["space"]["ranges"], verdict["space"]["choices"]
     for key, axes in zip(keys, others, strict=False):
         values = [one["values"][key] for one in complete]
-        # A choice may be a list, and is drawn as a name.
-        named = key in verdict["space"]["choices"]
-        axes.plot([str(one) for one in values] if named else values, losses, "o", color="tab:blue")
-        axes.set(title=f"fit.{key}", xscale="log" if key in logarithmic else "linear")
+        axes.set(title=f"fit.{key}")
+        if key in choices:  # perhaps lists: drawn by their places
+            values = [choices[key].index(one) for one in values]
+            axes.set_xticks(range(len(choices[key])), [str(one) for one in choices[key]])
+        elif ranges[key]["log"]:
+            axes.set_xscale("log")
+        axes.plot(values, losses, "o", color="tab:blue")
     for axes in others[len(keys) :]:
         axes.set_axis_off()
     with stage.whole(path) as partial:
