@@ -1,6 +1,6 @@
 # The verbs. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup land run quarantine audit lineage airflow serve gate release manifest test check bench constraints clean
+.PHONY: help setup land run quarantine audit lineage airflow serve gate release tune manifest test check bench constraints clean
 SHELL := /bin/bash -o pipefail
 
 VENV := .venv
@@ -48,6 +48,9 @@ gate: $(READY) ## compare the bundle just made with the champion; a release want
 
 release: $(READY) ## let the challenger take over beside `make serve`, step by step, judged
 	@python -m pipelines.deploy.release
+
+tune: $(READY) ## seek better values of fit on the validation rows; a winner is a commit
+	@python -m pipelines.train.tune
 
 lineage: $(READY) ## draw what the bundle was made of, back to the raw files
 	@python -m pipelines.lineage

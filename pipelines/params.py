@@ -211,6 +211,78 @@ class Fit(_Block):
     trainer: Trainer
 
 
+class Range(_Block):
+    """Every number from low to high, both included; with log, as many below their geometric mean
+    as above it.
+    """
+
+    low: int | float
+    high: int | float
+    log: bool
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Range":
+        if not self.low < self.high:
+            raise ValueError(f"low is {self.low}, high is {self.high}; expected low below high")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low}; expected above 0 where log is true")
+        return self
+
+
+class Space(_Block):
+    """The values of `fit` among which the best are sought, by key."""
+
+    ranges: dict[str, Range]
+    choices: dict[str, Annotated[list[Any], Field(min_length=2)]]
+
+    @property
+    def keys(self) -> list[str]:
+        return [*self.ranges, *self.choices]
+
+    @model_validator(mode="after")
+    def _known_keys(self) -> "Space":
+        if not self.keys:
+            raise ValueError("neither ranges nor choices names a key; expected one of fit")
+        for key, times in Counter(self.keys).items():
+            if times > 1:
+                raise ValueError(f"{key} stands in ranges and in choices; expected once")
+            if key not in TUNABLE:
+                allowed = ", ".join(TUNABLE)
+                raise ValueError(f"{key} is no key that can be tuned; expected one of {allowed}")
+        return self
+
+    def within(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `values` that lie in the space."""
+        inside = {
+            key: values[key]
+            for key, one in self.ranges.items()
+            if key in values and one.low <= values[key] <= one.high
+        }
+        inside |= {
+            key: values[key]
+            for key, choices in self.choices.items()
+            if key in values and values[key] in choices
+        }
+        return inside
+
+
+# Of `fit`: not the seed, since the best of many is luck; not the hardware; and a model has a study
+# of its own.
+TUNABLE = (
+    "batch_size", "max_epochs", "patience", "learning_rate", "weight_decay", "dropout", "hidden",
+    "members",
+)  # fmt: skip
+
+
+class Tune(_Block):
+    """How the values of `fit` are sought. No stage reads it."""
+
+    trials: Positive
+    workers: Positive
+    storage: Annotated[str, Field(pattern=r"^[a-z0-9_+]+://\S+$")]
+    space: Space
+
+
 class Evaluate(_Block):
     resamples: Positive
     min_auc: Share
@@ -460,6 +532,7 @@ class Params(_Block):
     featurize: Featurize
     dataset: Dataset
     fit: Fit
+    tune: Tune
     evaluate: Evaluate
     package: Package
     score: Score
@@ -482,6 +555,19 @@ class Params(_Block):
                 "score.window_days or featurize.test_days and val_days reach from as_of to before "
                 "the calendar"
             ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _space_of_fit(self) -> "Params":
+        space, held = self.tune.space, self.fit.model_dump()
+        tried = [(key, end) for key, one in space.ranges.items() for end in (one.low, one.high)]
+        tried += [(key, choice) for key, choices in space.choices.items() for choice in choices]
+        for key, value in tried:
+            try:
+                Fit.model_validate(held | {key: value})
+            except ValidationError as error:
+                said = error.errors(include_url=False)[0]["msg"]
+                raise ValueError(f"tune.space: {key} {value!r} is none for fit: {said}") from None
         return self
 
     @property

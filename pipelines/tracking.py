@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,11 +93,12 @@ def exists(params: Params) -> bool:
 
 
 @contextmanager
-def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
-    """Yield Lightning's logger on a new run with the params of the stage; it ends as finished or
-    failed.
+def run(
+    params: Params, stage: str, name: str | None = None, tags: Mapping[str, str] | None = None
+) -> Iterator["MLFlowLogger"]:
+    """Yield Lightning's logger on a new run with the params of the stage and `tags`, named as the
+    stage where nothing else is said; it ends as finished or failed.
     """
-    from mlflow.exceptions import MlflowException
     from pytorch_lightning.loggers import MLFlowLogger
 
     store, experiment = client(params)
@@ -105,26 +106,63 @@ def run(params: Params, stage: str) -> Iterator["MLFlowLogger"]:
         end_killed(store, experiment)
         made = store.create_run(
             experiment,
-            run_name=stage,
-            tags={
-                "git_commit": git_commit(),
-                "as_of": params.as_of.isoformat(),
-                "host": socket.gethostname(),
-                "process": me(),
-            },
+            run_name=name or stage,
+            tags=_origin(params) | dict(tags or {}),
         )
         for name, value in getattr(params, stage).model_dump().items():
             store.log_param(made.info.run_id, f"{stage}.{name}", value)
     logger = MLFlowLogger(
         params.dataset.name, tracking_uri=params.tracking.uri, run_id=made.info.run_id
     )
-    try:
+    with _ending(store, made.info.run_id):
         yield logger
+
+
+@contextmanager
+def study(params: Params, name: str) -> Iterator[str]:
+    """Yield the id of the run above the runs of a study: of one that was begun before, the same."""
+    store, experiment = client(params)
+    with naming(params.tracking.uri):
+        end_killed(store, experiment)
+        found = store.search_runs([experiment], f"tags.study = '{name}'")
+        if found:
+            run_id = found[0].info.run_id
+            store.update_run(run_id, status="RUNNING")
+            for key, value in _origin(params).items():
+                store.set_tag(run_id, key, value)
+        else:
+            made = store.create_run(experiment, run_name="tune", tags=_origin(params))
+            run_id = made.info.run_id
+            store.set_tag(run_id, "study", name)
+    with _ending(store, run_id):
+        try:
+            yield run_id
+        finally:
+            end_killed(store, experiment)
+
+
+def _origin(params: Params) -> dict[str, str]:
+    """The tags that say what a run was made of, where, and by which process."""
+    return {
+        "git_commit": git_commit(),
+        "as_of": params.as_of.isoformat(),
+        "host": socket.gethostname(),
+        "process": me(),
+    }
+
+
+@contextmanager
+def _ending(store: "MlflowClient", run_id: str) -> Iterator[None]:
+    """End the run as finished, or as failed where the block raises."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except BaseException:
         with suppress(MlflowException):  # a store that fails must not hide the fault itself
-            store.set_terminated(made.info.run_id, "FAILED")
+            store.set_terminated(run_id, "FAILED")
         raise
-    store.set_terminated(made.info.run_id, "FINISHED")
+    store.set_terminated(run_id, "FINISHED")
 
 
 def end_killed(store: "MlflowClient", experiment: str) -> None:

@@ -71,6 +71,39 @@ def test_the_repository_holds_valid_params() -> None:
             {"fit": {"trainer": {"devices": 0}}},
             "fit.trainer.devices: input should be greater than 0",
         ),
+        (
+            {"tune": {"space": {"ranges": {"seed": {"low": 1, "high": 9, "log": False}}}}},
+            "tune.space: seed is no key that can be tuned; expected one of batch_size, max_epochs",
+        ),
+        (
+            {"tune": {"space": {"ranges": {"dropout": {"low": 0.5}}}}},
+            "tune.space.ranges.dropout: low is 0.5, high is 0.5; expected low below high",
+        ),
+        (
+            {"tune": {"space": {"ranges": {"dropout": {"log": True}}}}},
+            "tune.space.ranges.dropout: low is 0.0; expected above 0 where log is true",
+        ),
+        (
+            {"tune": {"space": {"ranges": {"dropout": {"high": 1.0}}}}},
+            "tune.space: dropout 1.0 is none for fit: Input should be less than 1",
+        ),
+        (
+            {"tune": {"space": {"ranges": {"members": {"high": 4.5}}}}},
+            "tune.space: members 4.5 is none for fit: Input should be a valid integer",
+        ),
+        (
+            {"tune": {"space": {"ranges": {"dropout": {"step": 1}}}}},
+            "tune.space.ranges.dropout.step: unknown key; allowed here: low, high, log",
+        ),
+        (
+            {"tune": {"space": {"choices": {"dropout": [0.1, 0.2]}}}},
+            "tune.space: dropout stands in ranges and in choices; expected once",
+        ),
+        (
+            {"tune": {"space": {"choices": {"hidden": [[8], [0]]}}}},
+            "tune.space: hidden [0] is none for fit: Input should be greater than 0",
+        ),
+        ({"tune": {"storage": "tune.db"}}, "tune.storage: string should match pattern"),
         ({"evaluate": {"min_auc": 2}}, "evaluate.min_auc: input should be less than or equal to 1"),
         (
             {"dataset": {"tables": {"planes": {"columns": {"seats": "number"}}}}},

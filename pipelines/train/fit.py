@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,34 @@ def run(params: Params) -> None:
 
 def _key(params: Params) -> str:
     """The name of all that the weights depend on."""
-    here, package = Path(__file__).parent, Path(metrics.__file__).parent
-    code = [*here.rglob("*.py"), Path(metrics.__file__)]
-    made_of = {str(path.relative_to(package)): stage.sha256(path) for path in sorted(code)}
-    made_of |= {name: version(name) for name in ("torch", "pytorch-lightning", "numpy")}
+    made_of = code()
     made_of["features"] = stage.digest(data.FEATURES)
     made_of["fit"] = params.fit.model_dump_json(exclude={"checkpoint"})
     made_of["columns"] = params.dataset.features.model_dump_json()
     return stage.digest_of(made_of)[:32]
 
 
+def code() -> dict[str, str]:
+    """What trains, each file by its digest and each library by its version."""
+    here, package = Path(__file__).parent, Path(metrics.__file__).parent
+    files = [*here.rglob("*.py"), Path(metrics.__file__)]
+    made_of = {str(path.relative_to(package)): stage.sha256(path) for path in sorted(files)}
+    return made_of | {name: version(name) for name in ("torch", "pytorch-lightning", "numpy")}
+
+
 def train_network(
-    encoding: Encoding, train: Rows, val: Rows, fit: Fit, folder: Path, logger: Any = False
+    encoding: Encoding,
+    train: Rows,
+    val: Rows,
+    fit: Fit,
+    folder: Path,
+    logger: Any = False,
+    watching: Sequence[pl.Callback] = (),
 ) -> tuple[Fitted, list[Epoch]]:
     """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch.
 
-    Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end.
+    Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end,
+    and what one who is `watching` raises.
     """
     _repeatable(fit)
     network = models.build(Inputs.of(encoding, train), fit)
@@ -88,6 +101,7 @@ def train_network(
     module = BinaryModule(network.head, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train))
+    ours = [EarlyStopping("val_loss", patience=fit.patience), best, progress, saving]
     trainer = pl.Trainer(
         accelerator=fit.trainer.accelerator,
         devices=fit.trainer.devices,
@@ -95,7 +109,7 @@ def train_network(
         precision=fit.trainer.precision,
         max_epochs=fit.max_epochs,
         deterministic=True,
-        callbacks=[EarlyStopping("val_loss", patience=fit.patience), best, progress, saving],
+        callbacks=[*ours, *watching],
         plugins=[Plain()],
         enable_checkpointing=False,
         logger=logger,
