@@ -173,7 +173,8 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
     """Every stage on a disk with little room left, and again once there is room."""
     for name in [*ORDER, "deploy.register"]:
         filler = small_disk / "filler"
-        _fill(filler, but=48 * 1024)
+        # A card is a few kilobytes.
+        _fill(filler, but=0 if name == "train.card" else 48 * 1024)
         ended = small.run(f"pipelines.{name}")
         stage = name.partition(".")[2]
         assert ended.status == 1, (name, ended)
