@@ -18,7 +18,10 @@ from pipelines.params import Params
 
 # The months whose features are asked for.
 ALL = {"first": "1900-01-01T00:00:00Z", "until": "2900-01-01T00:00:00Z"}
-TYPES = {"int": "INTEGER", "float": "DOUBLE", "string": "VARCHAR", "timestamp": "TIMESTAMPTZ"}
+TYPES = {
+    "int": "INTEGER", "long": "BIGINT", "float": "DOUBLE", "string": "VARCHAR",
+    "timestamp": "TIMESTAMPTZ",
+}  # fmt: skip
 BROKEN = {
     "expect_column_values_to_not_be_null": "{column} is null",
     "expect_column_values_to_be_between": "{column} < {min_value} or {column} > {max_value}",

@@ -17,7 +17,13 @@ from pipelines.ingest import load as events
 from pipelines.ingest import validate as checked
 from pipelines.params import Params
 
-TYPES = {"int": pl.Int32, "float": pl.Float64, "string": pl.String, "timestamp": pl.String}
+TYPES = {
+    "int": pl.Int32,
+    "long": pl.Int64,
+    "float": pl.Float64,
+    "string": pl.String,
+    "timestamp": pl.String,
+}
 UTC = pl.Datetime("us", "UTC")
 Levels = list[tuple[str, list[str], list[tuple[int, str, list[str]]]]]
 

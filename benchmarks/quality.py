@@ -38,6 +38,7 @@ from pipelines.ingest import featurize, fetch, load, validate
 from pipelines.params import Fit, Params
 from pipelines.train import data, fit
 from pipelines.train.data import Encoding, Rows
+from pipelines.train.evaluate import matrix
 
 TRIALS = 15
 TUNED = Path(__file__).with_name("tuned.json")
@@ -217,10 +218,6 @@ def paired(label: npt.NDArray[np.int64], one: Floats, other: Floats) -> str:
     )
 
 
-def _matrix(rows: Rows) -> npt.NDArray[np.float32]:
-    return np.concatenate([rows.arrays[0], rows.arrays[1]], axis=1, dtype=np.float32)
-
-
 def _ours_space(trial: Any) -> dict[str, Any]:
     return {
         "model": trial.suggest_categorical("model", ["mlp", "tabm"]),
@@ -257,15 +254,15 @@ def _lightgbm(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
 
     categories = list(range(len(held.encoding.vocabulary)))
     fixed = {"objective": "binary", "verbosity": -1, "num_threads": THREADS, "seed": seed}
-    train = lightgbm.Dataset(_matrix(held.train), held.train.labels, categorical_feature=categories)
+    train = lightgbm.Dataset(matrix(held.train), held.train.labels, categorical_feature=categories)
     model = lightgbm.train(
         {**fixed, "bagging_freq": 1, **values},
         train,
         num_boost_round=3000,
-        valid_sets=[lightgbm.Dataset(_matrix(held.val), held.val.labels, reference=train)],
+        valid_sets=[lightgbm.Dataset(matrix(held.val), held.val.labels, reference=train)],
         callbacks=[lightgbm.early_stopping(STOP, verbose=False)],
     )
-    return lambda rows: model.predict(_matrix(rows))
+    return lambda rows: model.predict(matrix(rows))
 
 
 def _xgboost_space(trial: Any) -> dict[str, Any]:
@@ -285,21 +282,21 @@ def _xgboost(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
 
     kinds = ["c"] * len(held.encoding.vocabulary) + ["q"] * len(held.encoding.numbers)
 
-    def matrix(rows: Rows) -> Any:
+    def labelled(rows: Rows) -> Any:
         return xgboost.DMatrix(
-            _matrix(rows), rows.labels, feature_types=kinds, enable_categorical=True
+            matrix(rows), rows.labels, feature_types=kinds, enable_categorical=True
         )
 
     fixed = {"objective": "binary:logistic", "tree_method": "hist", "nthread": THREADS}
     model = xgboost.train(
         {**fixed, "eval_metric": "logloss", "seed": seed, **values},
-        matrix(held.train),
+        labelled(held.train),
         num_boost_round=3000,
-        evals=[(matrix(held.val), "val")],
+        evals=[(labelled(held.val), "val")],
         early_stopping_rounds=STOP,
         verbose_eval=False,
     )
-    return lambda rows: model.predict(matrix(rows), iteration_range=(0, model.best_iteration + 1))
+    return lambda rows: model.predict(labelled(rows), iteration_range=(0, model.best_iteration + 1))
 
 
 def _catboost_space(trial: Any) -> dict[str, Any]:

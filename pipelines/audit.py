@@ -9,7 +9,6 @@ another language and with another order of hashes. Where the inputs of a stage d
 after it may follow from them, and is said so.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -171,12 +170,7 @@ def _of_values(one: Any, two: Any, where: str) -> Iterator[str]:
 
 def main() -> int:
     """Exit status: 0, 1 where a stage differs, 2 where there is nothing to run."""
-    argparse.ArgumentParser(
-        prog="python -m pipelines.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    return stage.guarded("audit", run)
+    return stage.guarded(stage.asked(), run)
 
 
 if __name__ == "__main__":

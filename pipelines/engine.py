@@ -26,6 +26,7 @@ from pipelines.errors import TransientError, UserError, naming
 ROWS = 1_000_000
 HOST = "127.0.0.1"
 REACH = 5  # seconds until a cluster must have taken a connection
+PORTS = {"sc": 15002, "spark": 7077}  # where none is named
 
 
 @contextmanager
@@ -36,28 +37,28 @@ def session(engine: str) -> Iterator[SparkSession]:
     """
     os.environ["TZ"] = "UTC"
     time.tzset()
+    if "://" in engine:
+        _reach(engine)
     if engine == "embedded":
         with _embedded() as url:
             yield from _connected(SparkSession.builder.remote(url), embedded=True)
     elif engine.startswith("sc://"):
-        _reach(engine, "sc://", 15002)
         yield from _connected(SparkSession.builder.remote(engine))
     else:
-        if engine.startswith("spark://"):
-            _reach(engine, "spark://", 7077)
         with _started(engine) as url:
             yield from _connected(SparkSession.builder.remote(url))
 
 
-def _reach(engine: str, scheme: str, port: int) -> None:
+def _reach(engine: str) -> None:
     """Raises TransientError where nobody listens: the client would ask for ten minutes. Of several
     masters any may be the one.
     """
+    scheme, _, rest = engine.partition("://")
     why = ""
-    for place in engine.removeprefix(scheme).partition("/")[0].split(","):
-        host, _, number = place.partition(":")
+    for place in rest.partition("/")[0].split(","):
+        host, _, port = place.partition(":")
         try:
-            socket.create_connection((host, int(number or port)), REACH).close()
+            socket.create_connection((host, int(port or PORTS[scheme])), REACH).close()
             return
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
@@ -174,8 +175,8 @@ def write_months(
     holds one month.
     """
     path = str(scratch.resolve())
-    month = F.coalesce(F.date_format(time, "yyyy-MM"), F.lit("none"))
-    monthly = frame.withColumn("_month", month)
+    named = F.coalesce(F.date_format(time, "yyyy-MM"), F.lit("none"))
+    monthly = frame.withColumn("_month", named)
     with naming(scratch):
         monthly.write.partitionBy("_month").parquet(path)
     stored = frame.sparkSession.read.parquet(path)

@@ -14,7 +14,6 @@ feature contributions", 2014; Mitchell et al., "Sampling Permutations for Shaple
 Estimation", 2022).
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -100,15 +99,13 @@ def records(contract: dict[str, Any]) -> Iterator[pa.Table]:
         yield pa.table(columns)
 
 
-def explain(
-    scorer: Scorer, row: pa.Table, reference: pa.Table, orders: int = ORDERS, seed: int = SEED
-) -> Explained:
-    """The one row of a table explained, from rows of the reference drawn by the seed alone: so the
-    base of all rows is one.
+def explain(scorer: Scorer, row: pa.Table, reference: pa.Table, orders: int = ORDERS) -> Explained:
+    """The one row of a table explained, from rows of the reference that are the same for every row:
+    so is the base.
     """
     names = [column["name"] for column in scorer.contract["columns"]]
     count = len(names)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(SEED)
     drawn = random.integers(0, reference.num_rows, orders)
     forwards = np.array([random.permutation(count) for _ in range(orders)])
     paths = np.stack([forwards, forwards[:, ::-1]], axis=1)  # (orders, 2, columns)
@@ -134,12 +131,7 @@ def explain(
 
 def main() -> int:
     """Exit status: 0, 2 where the user can mend it, else 1."""
-    argparse.ArgumentParser(
-        prog="python -m pipelines.explain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    return stage.guarded("explain", run)
+    return stage.guarded(stage.asked(), run)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pipelines.recorder import Recorder
 
 # What belongs to this machine and not to the graph: tracking store, timings, scratch. Git-ignored.
 STATE = Path(".state")
+NUMBERS = "Takes no options: the numbers stand in params.yaml of the current folder."
 # Of processes that do one stage together (torchrun and Lightning number them), the first alone
 # speaks and leaves something behind.
 RANK = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
@@ -36,21 +37,28 @@ RANK = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 
 def main(run: Callable[[Params], None]) -> None:
     """Run one stage as a process of its own and exit with its status."""
-    module = sys.modules["__main__"]
-    assert module.__spec__ is not None, "a stage is started with python -m"
-    name = module.__spec__.name
-    argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=module.__doc__,
-        epilog="Takes no options: the numbers stand in params.yaml of the current folder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    stage = name.rpartition(".")[2]
+    stage = asked(NUMBERS)
     if RANK:
         sys.exit(guarded(f"{stage}, rank {RANK}", run))
     status = guarded(stage, partial(_recorded, stage, run))
     _record_usage(stage, status)
     sys.exit(status)
+
+
+def asked(epilog: str | None = None) -> str:
+    """The name of the module that `python -m` started, which takes no options; its words are the
+    answer to --help.
+    """
+    module = sys.modules["__main__"]
+    assert module.__spec__ is not None, "it is started with python -m"
+    name = module.__spec__.name
+    argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=module.__doc__,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    return name.rpartition(".")[2]
 
 
 def guarded(stage: str, run: Callable[[Params], None]) -> int:

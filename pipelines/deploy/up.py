@@ -5,7 +5,6 @@ out:  the service behind Envoy; how to ask it, on the screen
 run:  make serve
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,12 +27,7 @@ from pipelines.params import Params
 
 def main() -> int:
     """Serve until Ctrl-C. Exit status 0, 2 where the user can mend what is wrong, else 1."""
-    argparse.ArgumentParser(
-        prog="python -m pipelines.deploy.up",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    return stage.guarded("up", _serve)
+    return stage.guarded(stage.asked(), _serve)
 
 
 def _serve(params: Params) -> None:

@@ -94,8 +94,10 @@ def _typed(content: bytes, table: Table, columns: Sequence[str]) -> pa.Table:
 def _check_decimal(content: bytes, schema: pa.Schema) -> None:
     """The reader takes 0x10 for 16."""
     whole = [field.name for field in schema if pa.types.is_integer(field.type)]
-    options = pacsv.ConvertOptions(column_types=dict.fromkeys(whole, pa.string()))
-    texts = pacsv.read_csv(pa.BufferReader(content), convert_options=options).select(whole)
+    options = pacsv.ConvertOptions(
+        include_columns=whole, column_types=dict.fromkeys(whole, pa.string())
+    )
+    texts = pacsv.read_csv(pa.BufferReader(content), convert_options=options)
     for name in whole:
         wrong = pc.indices_nonzero(pc.match_substring_regex(texts[name], HEXADECIMAL))
         if len(wrong):

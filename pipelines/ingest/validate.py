@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -102,11 +102,16 @@ def read_suite(dataset: str) -> dict[str, Any]:
 
 def _check_columns(suite: dict[str, Any], columns: list[str]) -> None:
     for one in suite["expectations"]:
-        for kind in ("column", "column_A", "column_B"):
-            if (name := one.get("kwargs", {}).get(kind, columns[0])) not in columns:
-                raise UserError(
-                    f"{SUITES / suite['name']}.json: {EVENTS} has no column {name}; mend the suite"
-                )
+        if missing := [name for name in _columns(one.get("kwargs", {})) if name not in columns]:
+            raise UserError(
+                f"{SUITES / suite['name']}.json: {EVENTS} has no column {missing[0]}; "
+                "mend the suite"
+            )
+
+
+def _columns(kwargs: Mapping[str, Any]) -> list[str]:
+    """Those of which an expectation speaks."""
+    return [str(kwargs[kind]) for kind in ("column", "column_A", "column_B") if kind in kwargs]
 
 
 def check(
@@ -255,8 +260,7 @@ def _bounds(item: "ExpectationValidationResult") -> dict[str, Any]:
 
 def _name(item: "ExpectationValidationResult") -> str:
     """`column: type`, the name of an expectation for people."""
-    kwargs = _config(item).kwargs
-    columns = [str(kwargs[k]) for k in ("column", "column_A", "column_B") if k in kwargs]
+    columns = _columns(_config(item).kwargs)
     kind = _config(item).type.removeprefix("expect_")
     return f"{', '.join(columns)}: {kind}" if columns else kind
 

@@ -136,8 +136,9 @@ def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
     yield from _section("How far slices lie apart")
     yield (
         "The largest value less the smallest, of slices with rows enough. Flagged: the share from "
-        f"{threshold} on; caught: of those that were; false alarms: of those that were not.\n"
+        f"{threshold} on; caught: of those that were; false alarms: of those that were not."
     )
+    yield ""
     yield from _table(header, lines)
     for column, values in verdict["slices"].items():
         yield from _section(f"By {column}")

@@ -11,7 +11,7 @@ A leak fails the stage: a feature known after prediction time, one that predicts
 of the canary groups that is too good. A model that is merely not good enough gets `passed: false`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +61,18 @@ def run(params: Params) -> None:
         stage.say("evaluate", f"gradient boosting on {len(splits['train']):,} rows")
         boosted = baseline(splits, len(model.encoding.vocabulary), params.evaluate, params.fit.seed)
     resamples, seed = params.evaluate.resamples, params.fit.seed
+    columns = _test_columns([*params.dataset.slices, params.dataset.time])
+    months = columns[params.dataset.time].astype("datetime64[M]").astype(str)  # in UTC
+    sliced = {
+        name: cut(label, prediction, columns[name].astype(str), params.package.threshold)
+        for name in params.dataset.slices
+    }
     outcome: dict[str, Any] = {
         "rows": {name: len(rows) for name, rows in splits.items()},
         "metrics": metrics.with_intervals(label, prediction, resamples, seed),
         "baseline": metrics.with_intervals(label, boosted, resamples, seed),
-        "months": cut(label, prediction, months(params.dataset.time), params.package.threshold),
-        "slices": (sliced := slices(label, prediction, params)),
+        "months": cut(label, prediction, months, params.package.threshold),
+        "slices": sliced,
         "fairness": {name: apart(values) for name, values in sliced.items()},
         "behaviour": behaviour,
         "canary": {"auc": round(canary, 4), "allowed": params.evaluate.leak_auc},
@@ -148,9 +154,6 @@ def baseline(
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    def table(rows: Rows) -> npt.NDArray[np.float32]:
-        return np.concatenate([rows.arrays[0], rows.arrays[1]], axis=1, dtype=np.float32)
-
     boosting = HistGradientBoostingClassifier(
         max_iter=limits.baseline_iterations,
         learning_rate=0.1,
@@ -162,31 +165,25 @@ def baseline(
         random_state=seed,
     )
     boosting.fit(
-        table(splits["train"]),
+        matrix(splits["train"]),
         splits["train"].labels,
-        X_val=table(splits["val"]),
+        X_val=matrix(splits["val"]),
         y_val=splits["val"].labels,
     )
-    return boosting.predict_proba(table(splits["test"]))[:, 1]  # type: ignore[no-any-return]
+    return boosting.predict_proba(matrix(splits["test"]))[:, 1]  # type: ignore[no-any-return]
 
 
-def slices(label: Labels, prediction: Probabilities, params: Params) -> dict[str, dict[str, Any]]:
-    """Figures for each value of each column by which the test rows are cut."""
-    return {
-        name: cut(label, prediction, _column(name).astype(str), params.package.threshold)
-        for name in params.dataset.slices
-    }
+def matrix(rows: Rows) -> npt.NDArray[np.float32]:
+    """Shape (rows, categories + numbers), as boosting takes them."""
+    return np.concatenate([rows.arrays[0], rows.arrays[1]], axis=1, dtype=np.float32)
 
 
-def months(time: str) -> npt.NDArray[Any]:
-    """The month of each test row, in UTC."""
-    return _column(time).astype("datetime64[M]").astype(str)
-
-
-def _column(name: str) -> npt.NDArray[Any]:
-    """A column of the test rows."""
-    read = tables.read_months(data.FEATURES, list({name, "split"}))
-    return np.concatenate([m.filter(pc.equal(m["split"], "test"))[name].to_numpy() for m in read])
+def _test_columns(names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Columns of the test rows."""
+    wanted = list(dict.fromkeys([*names, "split"]))
+    read = tables.read_months(data.FEATURES, wanted)
+    parts = [month.filter(pc.equal(month["split"], "test")) for month in read]
+    return {name: np.concatenate([part[name].to_numpy() for part in parts]) for name in names}
 
 
 def cut(

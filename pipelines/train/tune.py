@@ -11,7 +11,6 @@ Trials are compared on one seed, and the best of many is partly luck: so the bes
 values are fitted on other seeds, and the best must win beyond the noise between those.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -203,13 +202,7 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     """Exit status: 0, 1 for a fault, 2 where params.yaml or git is not as it must be."""
-    argparse.ArgumentParser(
-        prog="python -m pipelines.train.tune",
-        description=__doc__,
-        epilog="Takes no options: the numbers stand in params.yaml of the current folder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    return stage.guarded("tune", run)
+    return stage.guarded(stage.asked(stage.NUMBERS), run)
 
 
 if __name__ == "__main__":
