@@ -117,11 +117,13 @@ class Duck:
     def featurize(self) -> None:
         self.sql(f"create view accepted as from read_parquet('{validate.ACCEPTED}/*.parquet')")
         features = self.dataset.features
-        key = [*self.dataset.key, "prediction_time", "known_at", "label"]
-        plain = [*key, *(name for name in self.dataset.slices if name not in features.names)]
+        plain = [*self.dataset.key, "prediction_time", "known_at"]
+        slices = [name for name in self.dataset.slices if name not in features.names]
         test, val = self.params.test_from, self.params.val_from
         typed = [
             *(f'"{name}"' for name in plain if name not in features.names),
+            f'"{self.dataset.target.column}" as label',
+            *(f'"{name}"' for name in slices),
             f"case when {self.dataset.time} >= '{test}' then 'test' "
             f"when {self.dataset.time} >= '{val}' then 'val' else 'train' end as split",
             *(f'"{name}"::varchar as "{name}"' for name in features.categories),

@@ -136,7 +136,7 @@ def split(params: Params, name: str, val: datetime, test: datetime, end: datetim
         part = pc.if_else(pc.less(at, pa.scalar(end, at.type)), part, "later")
         place = rows.column_names.index("split")
         tables.write(rows.set_column(place, "split", part), folder / file.name)
-    encoding = data.learn(names.categories, names.numbers, folder)
+    encoding = data.learn(names.categories, names.numbers, params.dataset.target, folder)
     parts = ("train", "val", "val" if test == end else "test")
     held = [data.materialise(encoding, part, Path(name), folder) for part in parts]
     return Split(encoding, *held, params.fit)

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pipelines import metrics
 from pipelines import params as parameters
 from pipelines.params import Fit
-from pipelines.train import data, fit, models
+from pipelines.train import data, fit, models, objectives
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.models.inputs import Inputs
-from pipelines.train.module import BinaryModule
+from pipelines.train.module import TaskModule
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("mlp", "tabm", "logistic")
@@ -47,7 +48,7 @@ def main() -> None:
     params = parameters.load()
     features = params.dataset.features
     with tempfile.TemporaryDirectory() as folder:
-        encoding = data.learn(features.categories, features.numbers)
+        encoding = data.learn(features.categories, features.numbers, params.dataset.target)
         train, val = (data.materialise(encoding, s, Path(folder)) for s in ("train", "val"))
         val = first(val, 2048)  # judging the epoch is no training
         for name in sys.argv[1:] or MODELS:
@@ -89,7 +90,9 @@ def bare(encoding: Encoding, train: Rows, options: Fit, epochs: int) -> float:
     encoded = data.encode(network.encoder, train)
     codes, numbers, labels = (torch.from_numpy(np.array(array)) for array in encoded.arrays)
     steps = epochs * -(-len(train) // options.batch_size)
-    configured = BinaryModule(network.head, options, steps).configure_optimizers()
+    objective = objectives.of(encoding.target)
+    module = TaskModule(network.head, metrics.TASKS["binary"], objective, options, steps)
+    configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for _ in range(epochs):
         for batch in torch.randperm(len(train)).split(options.batch_size):
@@ -115,7 +118,7 @@ def little() -> None:
     """One epoch of many years' rows, under a cap on what the process holds of its own."""
     params = parameters.load()
     features = params.dataset.features
-    encoding = data.learn(features.categories, features.numbers)
+    encoding = data.learn(features.categories, features.numbers, params.dataset.target)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as years:
         for number in range(TIMES):
             for file in sorted(data.FEATURES.glob("*.parquet")):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines import stage
+from pipelines import metrics, stage
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ CONTRACT = "bundle.json"
 REFERENCE = "reference.parquet"
 # The column of its answer, in the reference and in every scored table.
 PREDICTION = "prediction"
+# Beside it, where the task has classes: the probabilities of all, of which it is the last one's.
+PROBABILITIES = "probabilities"
 # Rows in one call of ONNX Runtime: few enough that what the network makes of them stays in the
 # processor's cache. The whole rows of a register are computed by other instructions than those
 # that are left over, and the last digit may differ: so nothing is left over, and the answer to a
@@ -57,11 +60,11 @@ class Scorer:
     session: "InferenceSession"
 
     def predict(self, table: pa.Table) -> npt.NDArray[np.float32]:
-        """Calibrated probability per row, shape (rows,), from the contract's raw columns; nulls
-        allowed.
+        """A calibrated prediction per row as in pipelines/metrics.py, from the contract's raw
+        columns; nulls allowed.
         """
         if not table.num_rows:
-            return np.empty(0, np.float32)
+            return np.empty((0, *self.session.get_outputs()[0].shape[1:]), np.float32)
         spare = (0, -table.num_rows % REGISTER)
         feed = {
             c["name"]: np.pad(_tensor(table[c["name"]], c["type"]), spare, mode="edge")
@@ -72,6 +75,28 @@ class Scorer:
             for at in range(0, table.num_rows, BATCH)
         ]
         return np.asarray(np.concatenate(parts)[: table.num_rows])
+
+
+def task(contract: Mapping[str, Any]) -> str:
+    """What kind of label a bundle foretells; those made before there were several say nothing."""
+    return str(contract.get("task", "binary"))
+
+
+def answered(rows: pa.Table, prediction: npt.NDArray[np.float32]) -> pa.Table:
+    """The rows with what was answered, as every table keeps it."""
+    held = rows.append_column(PREDICTION, pa.array(metrics.watched(prediction)))
+    if prediction.ndim == 1:
+        return held
+    every = pa.FixedSizeListArray.from_arrays(prediction.ravel(), prediction.shape[1])
+    return held.append_column(PROBABILITIES, every.cast(pa.list_(pa.float32())))
+
+
+def answers(table: pa.Table) -> npt.NDArray[np.float32]:
+    """The predictions of a table that `answered` made."""
+    if PROBABILITIES not in table.column_names:
+        return np.asarray(table[PREDICTION].to_numpy())
+    every = table[PROBABILITIES].combine_chunks().flatten().to_numpy()
+    return np.asarray(every.reshape(table.num_rows, -1))
 
 
 def load(folder: Path) -> Scorer:

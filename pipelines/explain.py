@@ -5,13 +5,13 @@ out:  a line of JSON each: the prediction, the base it started from, and what ev
       it, the most first, with the standard error of the estimate
 run:  python -m pipelines.explain < records.jsonl
 
-Shapley values of the bundle's own answer, so they hold for every model: the base and what the
-columns added are the prediction. A column that is not yet in has the value of a row of the
-bundle's reference (interventional: Lundberg & Lee, "A Unified Approach to Interpreting Model
-Predictions", 2017). Estimated over random orders of the columns, each walked forwards and
-backwards (Štrumbelj & Kononenko, "Explaining prediction models and individual predictions with
-feature contributions", 2014; Mitchell et al., "Sampling Permutations for Shapley Value
-Estimation", 2022).
+Shapley values of the bundle's own answer (with classes, for the last one), so they hold for every
+model: the base and what the columns added are the prediction. A column that is not yet in has the
+value of a row of the bundle's reference (interventional: Lundberg & Lee, "A Unified Approach to
+Interpreting Model Predictions", 2017). Estimated over random orders of the columns, each walked
+forwards and backwards (Štrumbelj & Kononenko, "Explaining prediction models and individual
+predictions with feature contributions", 2014; Mitchell et al., "Sampling Permutations for Shapley
+Value Estimation", 2022).
 """
 
 import json
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import bundle, stage, tables
+from pipelines import bundle, metrics, stage, tables
 from pipelines.errors import UserError
 from pipelines.params import Params
 
@@ -118,7 +118,8 @@ def explain(scorer: Scorer, row: pa.Table, reference: pa.Table, orders: int = OR
         inside = entry[:, :, at, None] < steps
         value = row[name][0].cast(before.schema.field(name).type)
         mixed[name] = pc.if_else(pa.array(inside.ravel()), value, before[name])
-    answers = scorer.predict(pa.table(mixed)).astype(np.float64).reshape(orders, 2, count + 1)
+    every = metrics.watched(scorer.predict(pa.table(mixed)))
+    answers = every.astype(np.float64).reshape(orders, 2, count + 1)
     added = np.zeros((orders, 2, count))
     np.put_along_axis(added, paths, np.diff(answers, axis=2), axis=2)
     pairs = added.mean(axis=1)

@@ -91,6 +91,22 @@ class Features(RootModel[dict[str, Group]]):
         return self.categories + self.numbers
 
 
+class Target(_Block):
+    """What is foretold: a column of the dataset's features.sql, and what kind of label it is."""
+
+    column: str
+    task: Literal["binary", "regression", "multiclass"]
+    classes: list[str]
+
+    @model_validator(mode="after")
+    def _known_classes(self) -> "Target":
+        if self.task != "multiclass" and self.classes:
+            raise ValueError(f"classes has {len(self.classes)} names; expected [] for {self.task}")
+        if self.task == "multiclass" and not len(self.classes) == len(set(self.classes)) >= 2:
+            raise ValueError(f"classes is {self.classes}; expected two or more distinct names")
+        return self
+
+
 class Behaviour(_Block):
     """What must hold of the mean risk: adding `raises` never lowers it, losing `missing` hardly
     moves it.
@@ -102,7 +118,7 @@ class Behaviour(_Block):
 
 # What stands beside the features in tables of what is known, was asked and was answered.
 TAKEN = {
-    "label", "split", "prediction_time", "known_at", "prediction",
+    "label", "split", "prediction_time", "known_at", "prediction", "probabilities",
     "request_id", "row", "at", "bundle", "version", "fallback",
 }  # fmt: skip
 
@@ -120,6 +136,7 @@ class Dataset(_Block):
     key: Names
     time: str
     tables: Annotated[dict[str, Table], Field(min_length=1)]
+    target: Target
     features: Features
     canary: Names
     slices: list[str]
@@ -139,6 +156,8 @@ class Dataset(_Block):
                 raise ValueError(f"features name {name} twice; expected once")
             if name in TAKEN:
                 raise ValueError(f"features name {name}, which stands beside them; rename it")
+        if self.target.column in self.features.names:
+            raise ValueError(f"features name {self.target.column}, which target foretells")
         checked = self.behaviour
         named = [name for added in checked.raises.values() for name in added]
         named += [name for columns in checked.missing.values() for name in columns]
@@ -305,7 +324,7 @@ class Score(_Block):
 
 class Drift(_Block):
     max_auc_fall: Share
-    max_log_loss_rise: Annotated[float, Field(ge=0)]
+    max_loss_rise: Annotated[float, Field(ge=0)]
     max_prediction_drift: Annotated[float, Field(ge=0)]
     max_label_shift: Share
 

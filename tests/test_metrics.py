@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    log_loss,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+    root_mean_squared_error,
+)
 
 from pipelines import metrics
 
@@ -75,3 +83,60 @@ def test_a_calibrated_score_has_no_calibration_error_and_a_shifted_one_has_its_s
     assert metrics.point(label, probability + 0.2)["calibration_error"] == pytest.approx(
         0.2, abs=0.01
     )
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(-90, 400), st.integers(-60, 200)), min_size=30, max_size=90
+    ).filter(lambda rows: len({label for label, _ in rows}) > 1)
+)
+def test_figures_of_numbers_equal_scikit_learn(rows: list[tuple[int, int]]) -> None:
+    label, value = np.array(rows, float).T
+    found = metrics.point(label, value, "regression")
+    assert found["rmse"] == pytest.approx(root_mean_squared_error(label, value), abs=1e-5)
+    assert found["mae"] == pytest.approx(mean_absolute_error(label, value), abs=1e-5)
+    assert found["unexplained"] == pytest.approx(1 - r2_score(label, value), rel=1e-5, abs=1e-5)
+    # The mean error of each bin is at most the mean absolute error.
+    assert abs((value - label).mean()) - 1e-5 <= found["calibration_error"] <= found["mae"] + 1e-5
+
+
+@given(seed=st.integers(0, 999))
+def test_figures_of_classes_equal_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    probability = random.dirichlet(np.ones(3), 80)
+    label = np.array([*range(3), *(random.choice(3, p=one) for one in probability[3:])])
+    found = metrics.point(label, probability, "multiclass")
+    each = (label[:, None] == np.arange(3)).astype(int)
+    assert found["log_loss"] == pytest.approx(log_loss(label, probability), abs=1e-5)
+    assert found["auc"] == pytest.approx(roc_auc_score(each, probability), abs=1e-5)
+    assert found["ap"] == pytest.approx(average_precision_score(each, probability), abs=1e-5)
+    assert found["accuracy"] == pytest.approx((probability.argmax(1) == label).mean(), abs=1e-5)
+    squared = ((probability - each) ** 2).sum(axis=1).mean()
+    assert found["brier"] == pytest.approx(squared, abs=1e-5)
+
+
+@given(seed=st.integers(0, 999))
+def test_two_classes_are_judged_as_one_label(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    p = random.random(60)
+    label = np.array([0, 1, *random.integers(0, 2, 58)])
+    one = metrics.point(label, p)
+    both = metrics.point(label, np.column_stack([1 - p, p]), "multiclass")
+    assert both["log_loss"] == pytest.approx(one["log_loss"], abs=2e-6)
+    assert both["auc"] == pytest.approx(one["auc"], abs=2e-6)
+    assert both["brier"] == pytest.approx(2 * one["brier"], abs=2e-6)
+
+
+@pytest.mark.parametrize("task", sorted(metrics.TASKS))
+def test_a_weight_is_a_repetition_for_every_task(task: str) -> None:
+    random = np.random.default_rng(1)
+    label = random.integers(0, 2, 50) if task != "regression" else random.normal(size=50)
+    prediction = random.random(50)
+    if task == "multiclass":
+        prediction = np.column_stack([1 - prediction, prediction])
+    times = random.integers(0, 4, 50)
+    measurer = metrics.TASKS[task].measurer
+    weighted = measurer(label, prediction)(times.astype(float))
+    repeated = measurer(np.repeat(label, times, axis=0), np.repeat(prediction, times, axis=0))
+    # The bins of the calibration error are cut on the rows as they are.
+    np.testing.assert_allclose(weighted[:-1], repeated(np.ones(times.sum()))[:-1], atol=1e-9)

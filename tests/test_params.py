@@ -26,6 +26,18 @@ def test_the_repository_holds_valid_params() -> None:
         ({"fit": {"batch_size": 0}}, "fit.batch_size: input should be greater than 0"),
         ({"dataset": {"timezone": "Mars"}}, "dataset.timezone: expected an IANA time zone"),
         ({"dataset": {"canary": ["moon"]}}, "dataset: canary names moon, which is no group"),
+        (
+            {"dataset": {"target": {"classes": ["early"]}}},
+            "dataset.target: classes has 1 names; expected [] for binary",
+        ),
+        (
+            {"dataset": {"target": {"task": "multiclass", "classes": ["late", "late"]}}},
+            "dataset.target: classes is ['late', 'late']; expected two or more distinct names",
+        ),
+        (
+            {"dataset": {"target": {"column": "seats"}}},
+            "dataset: features name seats, which target foretells",
+        ),
         ({"dataset": {"canary": []}}, "dataset.canary: list should have at least 1 item"),
         (
             {"dataset": {"features": {"schedule": {"colours": []}}}},

@@ -82,7 +82,7 @@ def lenient(checkout: Checkout) -> Checkout:
     checkout.set(
         fit={"max_epochs": 1, "batch_size": 512},
         evaluate={"resamples": 10, "baseline_iterations": 5, "min_auc": 0.3},
-        drift={"max_auc_fall": 1.0, "max_log_loss_rise": 9.0},
+        drift={"max_auc_fall": 1.0, "max_loss_rise": 9.0},
     )
     path = checkout.folder / "params.yaml"
     path.write_text(yaml.safe_dump(narrowed(yaml.safe_load(path.read_text())), sort_keys=False))

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import bundle, stage, tables
+from pipelines import bundle, metrics, stage, tables
 from pipelines.params import Drift, Params
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def run(params: Params) -> None:
     )
     empty = [c["name"] for c in contract["columns"] if _empty(c["name"], reference, window)]
     report = compare(reference, window, contract, empty)
-    measured = measure(report, reference, window) | {"empty_features": empty}
+    measured = measure(report, reference, window, bundle.task(contract))
+    measured["empty_features"] = empty
     outcome = judge(measured, params.drift)
     with stage.page(PAGE, VERDICT):
         with stage.whole(PAGE) as partial:
@@ -82,10 +83,13 @@ def compare(
     return Report([preset]).run(current, base)
 
 
-def measure(report: "Snapshot", reference: pa.Table, window: pa.Table) -> dict[str, Any]:
-    """The numbers a verdict is made of, rounded to digits that repeat."""
-    from sklearn.metrics import log_loss, roc_auc_score
+def measure(report: "Snapshot", reference: pa.Table, window: pa.Table, task: str) -> dict[str, Any]:
+    """The numbers a verdict is made of, rounded to digits that repeat.
 
+    auc and label_rate are of what is watched: the label; of classes the last one; of numbers those
+    above the reference's median. loss is the log loss; of numbers the mean squared error over the
+    variance of the reference's labels.
+    """
     moves = [
         metric
         for metric in report.dict()["metrics"]
@@ -93,18 +97,30 @@ def measure(report: "Snapshot", reference: pa.Table, window: pa.Table) -> dict[s
     ]
     scores = {move["config"]["column"]: round(float(move["value"]), 4) for move in moves}
     thresholds = {move["config"]["column"]: move["config"]["threshold"] for move in moves}
-    measured: dict[str, Any] = {"rows": {}, "auc": {}, "log_loss": {}, "label_rate": {}}
+    measured: dict[str, Any] = {"rows": {}, "auc": {}, "loss": {}, "label_rate": {}}
+    known = reference["label"].to_numpy()
     for name, table in (("reference", reference), ("window", window)):
-        label: npt.NDArray[np.int64] = table["label"].to_numpy()
-        prediction = table[bundle.PREDICTION].to_numpy()
+        label, prediction = table["label"].to_numpy(), bundle.answers(table)
+        event, loss = metrics.outcome(label, prediction), 0.0
+        if task == "regression":
+            event = label > np.median(known)
+            loss = float(np.mean((label - prediction) ** 2) / known.var())
+        else:
+            loss = metrics.point(label, prediction, task)["log_loss"]
         measured["rows"][name] = table.num_rows
-        measured["label_rate"][name] = round(float(label.mean()), 4)
-        both = 0 < label.sum() < len(label)
-        measured["auc"][name] = round(float(roc_auc_score(label, prediction)), 4) if both else None
-        measured["log_loss"][name] = round(float(log_loss(label, prediction, labels=[0, 1])), 4)
+        measured["label_rate"][name] = round(float(event.mean()), 4)
+        both = 0 < event.sum() < len(event)
+        measured["auc"][name] = _auc(event, metrics.watched(prediction)) if both else None
+        measured["loss"][name] = round(loss, 4)
     prediction_drift = scores.pop(bundle.PREDICTION)
     features = {name: score for name, score in scores.items() if score > thresholds[name]}
     return measured | {"prediction_drift": prediction_drift, "drifted_features": features}
+
+
+def _auc(event: npt.NDArray[Any], watched: npt.NDArray[np.floating]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return round(float(roc_auc_score(event, watched)), 4)
 
 
 def judge(measured: dict[str, Any], limits: Drift) -> dict[str, Any]:
@@ -115,9 +131,9 @@ def judge(measured: dict[str, Any], limits: Drift) -> dict[str, Any]:
     before, now = measured["auc"]["reference"], measured["auc"]["window"]
     if before is not None and now is not None and before - now > limits.max_auc_fall:
         reasons.append(f"AUC fell from {before} to {now}; allowed {limits.max_auc_fall}")
-    before, now = measured["log_loss"]["reference"], measured["log_loss"]["window"]
-    if now - before > limits.max_log_loss_rise:
-        reasons.append(f"log loss rose from {before} to {now}; allowed {limits.max_log_loss_rise}")
+    before, now = measured["loss"]["reference"], measured["loss"]["window"]
+    if now - before > limits.max_loss_rise:
+        reasons.append(f"loss rose from {before} to {now}; allowed {limits.max_loss_rise}")
     if measured["prediction_drift"] > limits.max_prediction_drift:
         reasons.append(
             f"predictions moved by {measured['prediction_drift']}; "

@@ -1,4 +1,4 @@
-"""What must hold of predictions: expectations/predictions.json, a suite of Great Expectations.
+"""What must hold of predictions: a suite of Great Expectations for each task.
 
 Importing Great Expectations takes longer than scoring a month. So the few expectations that speak
 of predictions are computed here; a test holds each to what Great Expectations itself says.
@@ -15,16 +15,17 @@ import pyarrow.compute as pc
 from pipelines import stage
 from pipelines.errors import UserError
 
-SUITE = Path("expectations/predictions.json")
+SUITES = Path("expectations/predictions")
 Bounds = dict[str, Any]
 
 
-def suite() -> list[dict[str, Any]]:
-    """The expectations. Raises UserError where one is not known here."""
-    found: list[dict[str, Any]] = stage.read_json(SUITE)["expectations"]
+def suite(task: str) -> list[dict[str, Any]]:
+    """The expectations of a task. Raises UserError where one is not known here."""
+    path = SUITES / f"{task}.json"
+    found: list[dict[str, Any]] = stage.read_json(path)["expectations"]
     for one in found:
         if one["type"] not in KINDS:
-            raise UserError(f"{SUITE}: {one['type']} is not known; allowed: {', '.join(KINDS)}")
+            raise UserError(f"{path}: {one['type']} is not known; allowed: {', '.join(KINDS)}")
     return found
 
 

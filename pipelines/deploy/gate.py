@@ -40,6 +40,9 @@ def run(params: Params) -> None:
     if not bundle.FOLDER.is_dir():
         raise UserError(f"{bundle.FOLDER} is missing; make it: make run")
     digest = stage.digest(bundle.FOLDER)
+    task = bundle.task(stage.read_json(bundle.FOLDER / bundle.CONTRACT))
+    if task != "binary":
+        raise UserError(f"{bundle.FOLDER}: its task is {task}; what is released is binary")
     held = registry.of(params)
     version = held.find(digest)
     if version is None:

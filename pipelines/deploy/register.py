@@ -2,7 +2,8 @@
 
 in:   models/bundle/, reports/
 out:  a version of the model <dataset.name> with the bundle's hash as a tag, signed;
-      the first that passed its evaluation becomes champion, a later one that passed challenger;
+      the first that passed its evaluation becomes champion, a later one that passed challenger,
+      if its task is one that is served: binary;
       reports/register/record.json
 run:  python -m pipelines.deploy.register
 """
@@ -38,7 +39,7 @@ def run(params: Params) -> None:
     number = int(version.version)
     if "signature" not in version.tags:
         held.tag(number, {"signature": signing.sign(held.statement(number, digest))})
-    if contract["passed"]:
+    if contract["passed"] and bundle.task(contract) == "binary":
         settle(held, number)
     aliases = held.aliases_of(number)
     entry = {"model": held.model, "version": number, "bundle": digest}

@@ -1,9 +1,9 @@
 """score: what the bundle says of the newest rows, on the engine, where the rows are.
 
-in:   models/bundle/, data/features/, expectations/predictions.json
+in:   models/bundle/, data/features/, expectations/predictions/<task>.json
 out:  data/predictions/<month>.parquet: the rows of the last score.window_days before as_of, as the
       model saw them, in order of dataset.key: key, time, label, every column of the bundle's
-      contract, and `prediction`
+      contract, and `prediction` (with classes, that of the last one, and all in `probabilities`)
 run:  dvc repro score
 
 The model travels to the engine's workers with the function that asks it; they need this project's
@@ -36,7 +36,7 @@ def run(params: Params) -> None:
     from pipelines import engine
 
     contract = bundle.load(bundle.FOLDER).contract
-    suite = expected.suite()
+    suite = expected.suite(bundle.task(contract))
     columns = wanted(params, contract["columns"])
     with (
         stage.scratch("score") as scratch,
@@ -79,10 +79,12 @@ def newest(features: "DataFrame", columns: list[str], params: Params) -> "DataFr
 
 def scored(rows: "DataFrame", contract: dict[str, Any]) -> "DataFrame":
     """The rows with the bundle's answers."""
-    from pyspark.sql.types import FloatType, StructType
+    from pyspark.sql.types import ArrayType, FloatType, StructType
 
     model = (bundle.FOLDER / bundle.MODEL).read_bytes()
     schema = StructType(rows.schema.fields).add(bundle.PREDICTION, FloatType())
+    if bundle.task(contract) == "multiclass":
+        schema = schema.add(bundle.PROBABILITIES, ArrayType(FloatType()))
     return rows.mapInArrow(asking(model, contract), schema)
 
 
@@ -92,10 +94,8 @@ def asking(model: bytes, contract: dict[str, Any]) -> Mapper:
     def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         scorer = bundle.Scorer(contract, bundle.open_session(model, threads=1))
         for batch in batches:
-            answers = scorer.predict(pa.Table.from_batches([batch]))
-            yield pa.RecordBatch.from_arrays(
-                [*batch.columns, pa.array(answers)], [*batch.schema.names, bundle.PREDICTION]
-            )
+            rows = pa.Table.from_batches([batch])
+            yield from bundle.answered(rows, scorer.predict(rows)).combine_chunks().to_batches()
 
     return ask
 

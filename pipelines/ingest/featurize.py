@@ -2,8 +2,8 @@
 
 in:   data/accepted/, the dataset's features.sql
 out:  data/features/, one Parquet file per month: dataset.key, prediction_time, known_at, split,
-      label, the slices and every feature of dataset.features (categories are strings, numbers
-      32-bit floats)
+      label (dataset.target), the slices and every feature of dataset.features (categories are
+      strings, numbers 32-bit floats)
 run:  dvc repro featurize
 
 A month is made of its events and of those that dataset.lookback_days reach; where none of them
@@ -77,7 +77,15 @@ class Accepted:
             accepted={name: self.digests[name] for name in self.of(month, month)},
             split=cuts,
             dataset=dataset.model_dump(
-                include={"features", "key", "lookback_days", "settle_days", "slices", "time"}
+                include={
+                    "features",
+                    "key",
+                    "lookback_days",
+                    "settle_days",
+                    "slices",
+                    "target",
+                    "time",
+                }
             ),
         )
 
@@ -121,9 +129,11 @@ def typed(frame: "DataFrame", params: Params) -> "DataFrame":
     from pyspark.sql import functions as F
 
     dataset, features = params.dataset, params.dataset.features
-    plain = [*dataset.key, "prediction_time", "known_at", "label"]
-    plain += [name for name in dataset.slices if name not in features.names]
-    missing = [name for name in [*plain, *features.names] if name not in frame.columns]
+    plain = [*dataset.key, "prediction_time", "known_at"]
+    slices = [name for name in dataset.slices if name not in features.names]
+    target = dataset.target
+    asked = [*plain, target.column, *slices, *features.names]
+    missing = [name for name in asked if name not in frame.columns]
     if missing:
         raise UserError(
             f"features.sql of {dataset.name} gives no column {missing[0]}; params.yaml names it"
@@ -134,8 +144,11 @@ def typed(frame: "DataFrame", params: Params) -> "DataFrame":
         .when(time >= F.lit(params.val_from), "val")
         .otherwise("train")
     )
+    label = F.col(target.column).cast("float" if target.task == "regression" else "int")
     return frame.select(
         *[F.col(name) for name in plain if name not in features.names],
+        label.alias("label"),
+        *[F.col(name) for name in slices],
         split.alias("split"),
         *[F.col(name).cast("string").alias(name) for name in features.categories],
         *[F.col(name).cast("float").alias(name) for name in features.numbers],

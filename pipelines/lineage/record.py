@@ -71,6 +71,8 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
     untraced: list[str] = []
     with _noting(untraced):
         queried = columns.of_query(sql, inputs) if sql else {}
+        if queried and (target := steps.foretold()) in queried:
+            queried["label"] = queried[target]
     ended = next(told, None) or {"event": "FAIL", "at": _now(), "error": "killed"}
     outs: list[OutputDataset] = []
     if ended["event"] == "COMPLETE":

@@ -57,6 +57,11 @@ def made() -> dict[str, Step]:
     }
 
 
+def foretold() -> str:
+    """The column that the queries give and the features hold as `label`."""
+    return str(_read(PARAMS)["dataset"]["target"]["column"])
+
+
 def back(steps: Mapping[str, Step], path: str) -> list[Step]:
     """The steps that led to the path, the last one first, each before those it built on.
 

@@ -79,13 +79,23 @@ def _purpose(contract: Contract, made: Mapping[str, Any], verdict: Verdicts) -> 
     said = "passed every check" if verdict["passed"] else "; ".join(verdict["reasons"])
     return [
         "",
-        f"{contract.purpose} From {made['threshold']} on it may be called so. As of "
-        f"{made['as_of'][:10]} it **{said}**. {contract.owner} answers for it.",
+        f"{contract.purpose} {_meaning(made)} As of {made['as_of'][:10]} it **{said}**. "
+        f"{contract.owner} answers for it.",
         *_section("Use"),
         *(f"- {use}" for use in contract.uses),
         *_section("Limits"),
         *(f"- {limit}" for limit in contract.limits),
     ]
+
+
+def _meaning(made: Mapping[str, Any]) -> str:
+    """What the prediction is."""
+    task = bundle.task(made)
+    if task == "regression":
+        return "It says a number."
+    if task == "multiclass":
+        return f"It says how likely each is of {', '.join(made['classes'])}; the last is watched."
+    return f"It says how likely that is; from {made['threshold']} on it may be called so."
 
 
 def _data(contract: Contract, made: Mapping[str, Any], verdicts: Verdicts) -> list[str]:
@@ -107,23 +117,27 @@ def _figures(verdict: Verdicts) -> list[str]:
         return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
     lines = [
-        [name.replace("_", " "), told(verdict["metrics"][name]), told(verdict["baseline"][name])]
-        for name in metrics.NAMES
+        [metrics.title(name), told(verdict["metrics"][name]), told(verdict["baseline"][name])]
+        for name in metrics.TASKS[verdict["task"]].names
     ]
-    months = [_cut(name, held) for name, held in verdict["months"].items()]
     return [
         *_section("Figures"),
         "On the test rows, with 95 % intervals.",
         "",
         *_table(["", "model", "gradient boosting"], lines),
         *_section("Calibration by month"),
-        *_table(["month", "rows", "mean probability", "rate", "calibration error", "AUC"], months),
+        *_cuts("month", verdict["months"], verdict["task"]),
     ]
 
 
-def _cut(name: str, held: Mapping[str, Any]) -> list[str]:
-    figures = ("mean_probability", "label_rate", "calibration_error", "auc")
-    return [name, f"{held['rows']:,}", *(f"{held[figure]:.4f}" for figure in figures)]
+def _cuts(by: str, values: Verdicts, task: str) -> list[str]:
+    main = next(iter(metrics.TASKS[task].better))
+    figures = ("mean_prediction", "mean_label", "calibration_error", main)
+    lines = [
+        [name, f"{held['rows']:,}", *(f"{held[figure]:.4f}" for figure in figures)]
+        for name, held in values.items()
+    ]
+    return _table([by, "rows", *map(metrics.title, figures)], lines)
 
 
 def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
@@ -132,7 +146,7 @@ def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
         [column, str(gaps["values"]), *(_share(gaps[name]) for name in names)]
         for column, gaps in verdict["fairness"].items()
     ]
-    header = ["cut by", "values", "probability less rate", "flagged", "caught", "false alarms"]
+    header = ["cut by", "values", "prediction less label", "flagged", "caught", "false alarms"]
     yield from _section("How far slices lie apart")
     yield (
         "The largest value less the smallest, of slices with rows enough. Flagged: the share from "
@@ -142,8 +156,7 @@ def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
     yield from _table(header, lines)
     for column, values in verdict["slices"].items():
         yield from _section(f"By {column}")
-        header = [column, "rows", "mean probability", "rate", "calibration error", "AUC"]
-        yield from _table(header, [_cut(name, held) for name, held in values.items()])
+        yield from _cuts(column, values, verdict["task"])
 
 
 def _share(value: float | None) -> str:
@@ -162,7 +175,7 @@ def _behaviour(verdict: Verdicts) -> list[str]:
     ]
     return [
         *_section("Behaviour"),
-        *_table(["change", "mean risk before", "after", "holds"], lines),
+        *_table(["change", "mean before", "after", "holds"], lines),
     ]
 
 
@@ -182,7 +195,7 @@ def _moving(scorer: bundle.Scorer) -> list[str]:
     first = np.argsort(-sizes, kind="stable")[:SHOWN]
     return [
         *_section("What moves it most"),
-        f"The mean size of what a column adds to the probability, on {rows.num_rows} rows of the "
+        f"The mean size of what a column adds to the prediction, on {rows.num_rows} rows of the "
         "reference. Of one row: `python -m pipelines.explain`.",
         "",
         *_table(["column", "adds"], [[names[at], f"{sizes[at]:.3f}"] for at in first]),

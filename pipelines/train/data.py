@@ -20,6 +20,7 @@ import torch
 
 from pipelines import tables
 from pipelines.errors import UserError, naming
+from pipelines.params import Target
 
 FEATURES = Path("data/features")
 RARE = 20  # fewer train rows than this teach an embedding nothing
@@ -29,10 +30,13 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Encoding:
-    """The columns in order, and each category's values: the code of a value is its place."""
+    """The columns in order, each category's values (the code of a value is its place), and what
+    kind of label is learned from them.
+    """
 
     vocabulary: dict[str, list[str]]
     numbers: list[str]
+    target: Target
 
     @property
     def columns(self) -> list[str]:
@@ -51,7 +55,9 @@ class Encoding:
         return out
 
 
-def learn(categories: Sequence[str], numbers: Sequence[str], folder: Path = FEATURES) -> Encoding:
+def learn(
+    categories: Sequence[str], numbers: Sequence[str], target: Target, folder: Path = FEATURES
+) -> Encoding:
     """The encoding of the train rows, read month by month; a value seen fewer than RARE times has
     no code.
     """
@@ -65,7 +71,7 @@ def learn(categories: Sequence[str], numbers: Sequence[str], folder: Path = FEAT
         name: sorted(value for value, count in counts[name].items() if count >= RARE)
         for name in categories
     }
-    return Encoding(vocabulary, list(numbers))
+    return Encoding(vocabulary, list(numbers), target)
 
 
 def _codes(column: pa.ChunkedArray, values: list[str]) -> npt.NDArray[np.int32]:
@@ -87,9 +93,9 @@ class Rows:
         return len(self.arrays[2])
 
     @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Shape (rows,), 0 or 1."""
-        return np.asarray(self.arrays[2]).astype(np.int64)
+    def labels(self) -> npt.NDArray[np.float64]:
+        """Shape (rows,)."""
+        return np.asarray(self.arrays[2]).astype(np.float64)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Batch:
         codes, numbers, labels = (torch.from_numpy(array[indices]) for array in self.arrays)
@@ -128,9 +134,21 @@ def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATU
         outs["numbers"][at] = encoding.floats(rows)
         outs["labels"][at] = rows["label"].to_numpy()
         start += rows.num_rows
+    _check(outs["labels"], encoding.target)
     for out in outs.values():
         out.flush()
     return Rows(folder)
+
+
+def _check(labels: npt.NDArray[np.float32], target: Target) -> None:
+    if target.task == "regression":
+        wrong, expected = ~np.isfinite(labels), "a number"
+    else:
+        classes = max(2, len(target.classes))
+        wrong = ~np.isin(labels, np.arange(classes, dtype=np.float32))
+        expected = f"0 to {classes - 1}, as dataset.target has it"
+    if wrong.any():
+        raise UserError(f"{FEATURES}: a label is {labels[wrong][0]}; expected {expected}")
 
 
 def _mapped(path: Path, kind: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

@@ -34,7 +34,8 @@ PAGE = Path("reports/evaluate/evaluate.png")
 VERDICT = Path("reports/evaluate/verdict.json")
 FEW = 500  # rows of a slice below which a share says little
 Labels = npt.NDArray[np.int64]
-Probabilities = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.float64]
+Predictions = npt.NDArray[np.floating]
 
 
 def run(params: Params) -> None:
@@ -46,8 +47,8 @@ def run(params: Params) -> None:
             for name in ("train", "val", "test")
         }
         test = splits["test"]
-        label = test.labels
-        stop_on_single_leak(test, label, model.encoding, params.evaluate.leak_auc)
+        label, task = test.labels, metrics.TASKS[params.dataset.target.task]
+        stop_on_single_leak(test, model.encoding, params.evaluate.leak_auc)
         canary = canary_auc(params, scratch)
         stage.say("evaluate", f"leak canary: AUC {canary:.3f}, allowed {params.evaluate.leak_auc}")
         if canary > params.evaluate.leak_auc:
@@ -59,32 +60,37 @@ def run(params: Params) -> None:
         prediction = model.predict(test)
         behaviour = behave(model, test, params.dataset, params.evaluate)
         stage.say("evaluate", f"gradient boosting on {len(splits['train']):,} rows")
-        boosted = baseline(splits, len(model.encoding.vocabulary), params.evaluate, params.fit.seed)
+        boosted = baseline(splits, model.encoding, params.evaluate, params.fit.seed)
     resamples, seed = params.evaluate.resamples, params.fit.seed
     columns = _test_columns([*params.dataset.slices, params.dataset.time])
     months = columns[params.dataset.time].astype("datetime64[M]").astype(str)  # in UTC
+    threshold = None if task.name == "regression" else params.package.threshold
     sliced = {
-        name: cut(label, prediction, columns[name].astype(str), params.package.threshold)
+        name: cut(label, prediction, columns[name].astype(str), task.name, threshold)
         for name in params.dataset.slices
     }
     outcome: dict[str, Any] = {
         "rows": {name: len(rows) for name, rows in splits.items()},
-        "metrics": metrics.with_intervals(label, prediction, resamples, seed),
-        "baseline": metrics.with_intervals(label, boosted, resamples, seed),
-        "months": cut(label, prediction, months, params.package.threshold),
+        "task": task.name,
+        "metrics": metrics.with_intervals(label, prediction, resamples, seed, task.name),
+        "baseline": metrics.with_intervals(label, boosted, resamples, seed, task.name),
+        "months": cut(label, prediction, months, task.name, threshold),
         "slices": sliced,
         "fairness": {name: apart(values) for name, values in sliced.items()},
         "behaviour": behaviour,
         "canary": {"auc": round(canary, 4), "allowed": params.evaluate.leak_auc},
-        "reliability": metrics.reliability(label, prediction),
+        "reliability": metrics.reliability(
+            metrics.outcome(label, prediction), metrics.watched(prediction)
+        ),
     }
-    outcome |= judge(outcome, params.evaluate)
+    outcome |= judge(outcome, task, params.evaluate)
     with stage.page(PAGE, VERDICT):
         draw(outcome, PAGE)
         stage.write_json(VERDICT, outcome)
-    auc, reference = outcome["metrics"]["auc"]["value"], outcome["baseline"]["auc"]["value"]
+    main = next(iter(task.better))
+    ours, reference = (outcome[who][main]["value"] for who in ("metrics", "baseline"))
     verdict = "passed" if outcome["passed"] else "; ".join(outcome["reasons"])
-    stage.say("evaluate", f"AUC {auc:.4f}, boosting {reference:.4f}: {verdict}")
+    stage.say("evaluate", f"{metrics.title(main)} {ours:.4f}, boosting {reference:.4f}: {verdict}")
 
 
 def stop_on_late_knowledge() -> None:
@@ -103,23 +109,34 @@ def stop_on_late_knowledge() -> None:
             )
 
 
-def stop_on_single_leak(test: Rows, label: Labels, encoding: Encoding, allowed: float) -> None:
-    """Raise UserError where one number alone surely orders the labels better than `allowed`: with
+def stop_on_single_leak(test: Rows, encoding: Encoding, allowed: float) -> None:
+    """Raise UserError where one number alone surely orders the rows better than `allowed`: with
     few rows one of many numbers does so by chance.
     """
-    positives = int(label.sum())
+    event = happened(test, encoding)
+    positives = int(event.sum())
     for at, name in enumerate(encoding.numbers):
         column = np.nan_to_num(np.asarray(test.arrays[1][:, at], np.float64), nan=-1e9)
-        auc = metrics.point(label, _ranks(column))["auc"]
+        auc = metrics.point(event, _ranks(column))["auc"]
         auc = max(auc, 1 - auc)
-        if metrics.auc_at_least(auc, positives, len(label) - positives) > allowed:
+        if metrics.auc_at_least(auc, positives, len(event) - positives) > allowed:
             raise UserError(
                 f"{data.FEATURES}: feature {name} alone reaches AUC {auc:.3f}; surely above "
                 f"evaluate.leak_auc = {allowed} it holds an outcome"
             )
 
 
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def happened(rows: Rows, encoding: Encoding) -> Labels:
+    """0 or 1 by row, for whatever task: the label; of classes the last one; of numbers those above
+    their median.
+    """
+    label, target = rows.labels, encoding.target
+    if target.task == "regression":
+        return np.asarray(label > np.median(label), np.int64)
+    return np.asarray(label == max(1, len(target.classes) - 1), np.int64)
+
+
+def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Dense ranks scaled to [0, 1]: a score with the same order."""
     distinct, place = np.unique(values, return_inverse=True)
     return place / max(1, len(distinct) - 1)
@@ -133,6 +150,7 @@ def canary_auc(params: Params, scratch: Path) -> float:
     encoding = data.learn(
         [name for group in groups for name in group.categories],
         [name for group in groups for name in group.numbers],
+        params.dataset.target,
     )
     rows = {
         name: data.materialise(encoding, name, scratch / "canary")
@@ -143,23 +161,27 @@ def canary_auc(params: Params, scratch: Path) -> float:
         update={"max_epochs": params.evaluate.canary_epochs, "trainer": alone}
     )
     model, _ = train_network(encoding, rows["train"], rows["val"], short, scratch)
-    return metrics.point(rows["test"].labels, model.predict(rows["test"]))["auc"]
+    found = metrics.watched(model.predict(rows["test"]))
+    return metrics.point(happened(rows["test"], encoding), _ranks(found))["auc"]
 
 
 def baseline(
-    splits: Mapping[str, Rows], categories: int, limits: Evaluate, seed: int
+    splits: Mapping[str, Rows], encoding: Encoding, limits: Evaluate, seed: int
 ) -> npt.NDArray[np.float64]:
-    """Test probabilities of scikit-learn's histogram gradient boosting: same features, rows and
+    """Test predictions of scikit-learn's histogram gradient boosting: same features, rows and
     stopping rule.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    boosting = HistGradientBoostingClassifier(
+    numeric = encoding.target.task == "regression"
+    boosting = (HistGradientBoostingRegressor if numeric else HistGradientBoostingClassifier)(
         max_iter=limits.baseline_iterations,
         learning_rate=0.1,
         # Bins hold at most 255 codes; a larger category is left as an ordered number.
         categorical_features=[
-            at for at in range(categories) if int(splits["train"].arrays[0][:, at].max()) < 255
+            at
+            for at in range(len(encoding.vocabulary))
+            if int(splits["train"].arrays[0][:, at].max()) < 255
         ],
         early_stopping=True,
         random_state=seed,
@@ -170,7 +192,11 @@ def baseline(
         X_val=matrix(splits["val"]),
         y_val=splits["val"].labels,
     )
-    return boosting.predict_proba(matrix(splits["test"]))[:, 1]  # type: ignore[no-any-return]
+    rows = matrix(splits["test"])
+    if isinstance(boosting, HistGradientBoostingRegressor):
+        return boosting.predict(rows)  # type: ignore[no-any-return]
+    found = boosting.predict_proba(rows)
+    return found[:, 1] if encoding.target.task == "binary" else found  # type: ignore[no-any-return]
 
 
 def matrix(rows: Rows) -> npt.NDArray[np.float32]:
@@ -187,23 +213,32 @@ def _test_columns(names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
 
 
 def cut(
-    label: Labels, prediction: Probabilities, values: npt.NDArray[Any], threshold: float
+    label: Floats,
+    prediction: Predictions,
+    values: npt.NDArray[Any],
+    task: str,
+    threshold: float | None,
 ) -> dict[str, dict[str, float | None]]:
-    """Figures for the rows of each value. From the threshold on a row is flagged; caught are those
-    of the label, false alarms those without it (null where there is no such row).
+    """Figures for the rows of each value. From the threshold on, where there is one, a row is
+    flagged; caught are those of what is watched, false alarms the others (null where there is no
+    such row).
     """
-    found = {}
-    flagged = prediction >= threshold
+    found: dict[str, dict[str, float | None]] = {}
+    watched, happened = metrics.watched(prediction), metrics.outcome(label, prediction)
     for value in np.unique(values):
         rows = values == value
+        figures = {"mean_label": _share(happened, rows), "mean_prediction": _share(watched, rows)}
+        if threshold is not None:
+            flagged = watched >= threshold
+            figures |= {
+                "flagged": _share(flagged, rows),
+                "caught": _share(flagged, rows & (happened == 1)),
+                "false_alarms": _share(flagged, rows & (happened == 0)),
+            }
         found[str(value)] = {
             "rows": int(rows.sum()),
-            "label_rate": _share(label, rows),
-            "mean_probability": _share(prediction, rows),
-            "flagged": _share(flagged, rows),
-            "caught": _share(flagged, rows & (label == 1)),
-            "false_alarms": _share(flagged, rows & (label == 0)),
-            **metrics.point(label[rows], prediction[rows]),
+            **figures,
+            **metrics.point(label[rows], prediction[rows], task),
         }
     return found
 
@@ -216,14 +251,14 @@ def apart(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """How far the values of a slice lie apart, largest less smallest, where there are enough rows:
     in the share that is flagged (demographic parity), that is caught (equal opportunity), of false
     alarms (with that, equalised odds; Hardt et al., "Equality of Opportunity in Supervised
-    Learning", 2016), and in how far the mean probability is from the rate of the label.
+    Learning", 2016), and in how far the mean prediction is from the mean label.
     """
     many = {name: held for name, held in values.items() if held["rows"] >= FEW}
     found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many)}
     for figure in ("flagged", "caught", "false_alarms"):
-        shares = [held[figure] for held in many.values() if held[figure] is not None]
+        shares = [held[figure] for held in many.values() if held.get(figure) is not None]
         found[figure] = round(max(shares) - min(shares), metrics.DIGITS) if shares else None
-    gaps = [held["mean_probability"] - held["label_rate"] for held in many.values()]
+    gaps = [held["mean_prediction"] - held["mean_label"] for held in many.values()]
     found["calibration"] = round(max(gaps) - min(gaps), metrics.DIGITS) if gaps else None
     return found
 
@@ -249,36 +284,38 @@ def mean_risk(
     add: Mapping[str, float] | None = None,
     missing: list[str] | None = None,
 ) -> float:
-    """The mean probability with `add` added to some numbers and others taken away."""
+    """The mean of what is watched, with `add` added to some numbers and others taken away."""
     total = 0.0
     for codes, numbers, _ in rows.batches():
         for name, value in (add or {}).items():
             numbers[:, model.encoding.numbers.index(name)] += value
         for name in missing or []:
             numbers[:, model.encoding.numbers.index(name)] = torch.nan
-        total += float(model.network(codes, numbers).double().sum())
+        total += float(metrics.watched(model.network(codes, numbers).double().numpy()).sum())
     return round(total / len(rows), metrics.DIGITS)
 
 
-def judge(outcome: dict[str, Any], limits: Evaluate) -> dict[str, Any]:
+def judge(outcome: dict[str, Any], task: metrics.Task, limits: Evaluate) -> dict[str, Any]:
     """Whether the model is good enough, and every reason why it is not."""
     model, boosted = outcome["metrics"], outcome["baseline"]
     reasons = []
-    if model["auc"]["value"] < limits.min_auc:
+    if "auc" in model and model["auc"]["value"] < limits.min_auc:
         reasons.append(
             f"AUC {model['auc']['value']:.4f} is below evaluate.min_auc = {limits.min_auc}"
         )
-    if model["calibration_error"]["value"] > limits.max_calibration_error:
+    # Of numbers it is in their unit, of which a share says nothing.
+    gap = model["calibration_error"]["value"]
+    if task.name != "regression" and gap > limits.max_calibration_error:
         reasons.append(
-            f"calibration error {model['calibration_error']['value']:.4f} is above "
+            f"calibration error {gap:.4f} is above "
             f"evaluate.max_calibration_error = {limits.max_calibration_error}"
         )
-    reasons += [
-        f"{name} {model[name]['value']:.4f} is below the baseline's interval from "
-        f"{boosted[name]['low']:.4f}"
-        for name in ("auc", "ap")
-        if model[name]["value"] < boosted[name]["low"]
-    ]
+    for name, sign in task.better.items():
+        end, side = ("low", "below") if sign > 0 else ("high", "above")
+        value, reached = model[name]["value"], boosted[name][end]
+        if sign * value < sign * reached:
+            what = f"the baseline's interval, whose {end} end is {reached:.4f}"
+            reasons.append(f"{name} {value:.4f} is {side} {what}")
     reasons += [
         f"behaviour: {check['name']}" for check in outcome["behaviour"] if not check["passed"]
     ]
@@ -294,20 +331,21 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     points = outcome["reliability"]
-    left.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    left.axline((0, 0), slope=1, color="0.8", linewidth=1)
     left.plot(
-        [p["probability"] for p in points], [p["rate"] for p in points], "o-", color="tab:blue"
+        [p["prediction"] for p in points], [p["label"] for p in points], "o-", color="tab:blue"
     )
-    top = 1.1 * max(max(p["probability"], p["rate"]) for p in points)
+    ends = [end for p in points for end in (p["prediction"], p["label"])]
+    low, top = min(0, *ends), 1.1 * max(ends)
     left.set(
         title="Calibration on the test rows",
         xlabel="predicted",
         ylabel="observed",
-        xlim=(0, top),
-        ylim=(0, top),
+        xlim=(low, top),
+        ylim=(low, top),
     )
 
-    names = ("auc", "ap", "log_loss", "brier")
+    names = list(outcome["metrics"])
     for offset, (who, color) in enumerate((("metrics", "tab:blue"), ("baseline", "tab:orange"))):
         figures = [outcome[who][name] for name in names]
         rows = [at + 0.2 * offset for at in range(len(names))]
@@ -319,14 +357,17 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     middle.invert_yaxis()
     middle.legend()
 
+    main = next(iter(metrics.TASKS[outcome["task"]].better))
     bars = [
-        (f"{value}", cut["auc"])
+        (f"{value}", cut[main])
         for part in outcome["slices"].values()
         for value, cut in part.items()
     ]
-    right.barh([name for name, _ in bars], [auc for _, auc in bars], color="tab:blue", alpha=0.7)
-    right.axvline(outcome["metrics"]["auc"]["value"], color="0.3", linewidth=1)
-    right.set(title="AUC by slice (line: all test rows)", xlim=(0.5, 1))
+    right.barh([name for name, _ in bars], [one for _, one in bars], color="tab:blue", alpha=0.7)
+    right.axvline(outcome["metrics"][main]["value"], color="0.3", linewidth=1)
+    right.set(title=f"{metrics.title(main)} by slice (line: all test rows)")
+    if main == "auc":
+        right.set_xlim(0.5, 1)
     right.tick_params(axis="y", labelsize=7)
     right.invert_yaxis()
     with stage.whole(path) as partial:

@@ -28,12 +28,12 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pipelines import metrics, stage, tracking
 from pipelines.errors import UserError
 from pipelines.params import Fit, Params
-from pipelines.train import checkpoints, data, fitted, models
+from pipelines.train import checkpoints, data, fitted, models, objectives
 from pipelines.train.checkpoints import Checkpoints, Plain
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
 from pipelines.train.models.inputs import Inputs
-from pipelines.train.module import BinaryModule, FeatureData
+from pipelines.train.module import FeatureData, TaskModule
 
 Epoch = dict[str, float]
 
@@ -43,7 +43,7 @@ def run(params: Params) -> None:
     if params.fit.trainer.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise UserError("fit.trainer.nodes: several are started by torchrun, one on each node")
     with stage.scratch(f"fit{stage.RANK or ''}") as scratch:
-        encoding = data.learn(features.categories, features.numbers)
+        encoding = data.learn(features.categories, features.numbers, params.dataset.target)
         train, val = (data.materialise(encoding, split, scratch) for split in ("train", "val"))
         stage.say(
             "fit", f"{params.fit.model} on {len(train):,} train and {len(val):,} validation rows"
@@ -70,6 +70,7 @@ def _key(params: Params) -> str:
     made_of["features"] = stage.digest(data.FEATURES)
     made_of["fit"] = params.fit.model_dump_json(exclude={"checkpoint"})
     made_of["columns"] = params.dataset.features.model_dump_json()
+    made_of["target"] = params.dataset.target.model_dump_json()
     return stage.digest_of(made_of)[:32]
 
 
@@ -98,9 +99,13 @@ def train_network(
     _repeatable(fit)
     network = models.build(Inputs.of(encoding, train), fit)
     steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
-    module = BinaryModule(network.head, fit, steps)
+    task, objective = (
+        metrics.TASKS[encoding.target.task],
+        objectives.of(encoding.target, train.labels),
+    )
+    module = TaskModule(network.head, task, objective, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
-    progress = _Progress(len(train))
+    progress = _Progress(len(train), task.told)
     ours = [EarlyStopping("val_loss", patience=fit.patience), best, progress, saving]
     trainer = pl.Trainer(
         accelerator=fit.trainer.accelerator,
@@ -126,7 +131,7 @@ def train_network(
     except SystemExit as error:  # Lightning makes that of Ctrl-C
         raise KeyboardInterrupt from error
     network.head.load_state_dict(best.weights)
-    return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
+    return Fitted(fitted.calibrate(network.cpu(), objective, val), encoding), progress.epochs
 
 
 def _repeatable(fit: Fit) -> None:
@@ -170,8 +175,8 @@ class _Best(pl.Callback):
 class _Progress(pl.Callback):
     """One line per epoch, and its figures."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.epochs = rows, list[Epoch]()
+    def __init__(self, rows: int, told: str) -> None:
+        self.rows, self.told, self.epochs = rows, told, list[Epoch]()
         self.begun, self.steps = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,7 +203,8 @@ class _Progress(pl.Callback):
             stage.say(
                 "fit",
                 f"epoch {trainer.current_epoch + 1} of at most {trainer.max_epochs}: "
-                f"validation loss {figures['val_loss']:.4f}, AUC {figures['val_auc']:.4f}, "
+                f"validation loss {figures['val_loss']:.4f}, "
+                f"{metrics.title(self.told)} {figures[f'val_{self.told}']:.4f}, "
                 f"{speed:,.0f} rows/s",
             )
 

@@ -13,41 +13,37 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines import stage
-from pipelines.params import Fit
-from pipelines.train import models
+from pipelines.params import Fit, Target
+from pipelines.train import models, objectives
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.models.inputs import Inputs, Network
+from pipelines.train.objectives import Objective
 
 FOLDER = Path("models/fit")
 WEIGHTS, DESCRIPTION, CURVES = "weights.safetensors", "fit.json", "curves.json"
 
 
-def probability(logits: torch.Tensor) -> torch.Tensor:
-    """The mean probability of the members: logits (rows, members) -> (rows,)."""
-    return torch.sigmoid(logits).mean(dim=1)
-
-
 class Calibrated(nn.Module):
-    """A network with Platt's scaling (1999) of its log odds: what a bundle computes, (rows,) in
-    [0, 1].
+    """A network whose score is scaled and shifted as its objective has it: what a bundle computes,
+    a prediction as in pipelines/metrics.py.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, objective: Objective) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.objective = network, objective
+        shape = () if objective.width == 1 else (objective.width,)
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("shift", torch.zeros(shape))
 
     def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.scale * self.log_odds(codes, numbers) + self.shift)
+        return self.objective.answer(self.scale * self.score(codes, numbers) + self.shift)
 
-    def log_odds(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Before calibration, shape (rows,)."""
-        mean = probability(self.network(codes, numbers)).clamp(1e-6, 1 - 1e-6)
-        return torch.log(mean) - torch.log1p(-mean)
+    def score(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Before calibration."""
+        return self.objective.score(self.objective.mean(self.network(codes, numbers)))
 
 
 @dataclass(frozen=True)
@@ -59,26 +55,20 @@ class Fitted:
 
     @torch.inference_mode()
     def predict(self, rows: Rows) -> npt.NDArray[np.float32]:
-        """Calibrated probability, shape (rows,)."""
+        """Calibrated predictions."""
         return torch.cat(
             [self.network(codes, numbers) for codes, numbers, _ in rows.batches()]
         ).numpy()
 
 
 @torch.inference_mode()
-def calibrate(network: Network, rows: Rows) -> Calibrated:
-    """Fit scale and shift of the log odds on `rows` by Newton's method on the log loss."""
-    calibrated = Calibrated(network.eval())
-    odds = torch.cat([calibrated.log_odds(codes, numbers) for codes, numbers, _ in rows.batches()])
-    x = np.stack([odds.double().numpy(), np.ones(len(rows))], axis=1)
-    y = rows.arrays[2].astype(np.float64)
-    weights = np.array([1.0, 0.0])
-    for _ in range(20):
-        p = 1 / (1 + np.exp(-x @ weights))
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
-        weights = weights - np.linalg.solve(hessian, x.T @ (p - y))
-    calibrated.scale.fill_(float(weights[0]))
-    calibrated.shift.fill_(float(weights[1]))
+def calibrate(network: Network, objective: Objective, rows: Rows) -> Calibrated:
+    """Fit scale and shift of the score on `rows`."""
+    calibrated = Calibrated(network.eval(), objective)
+    scores = [calibrated.score(codes, numbers) for codes, numbers, _ in rows.batches()]
+    scale, shift = objective.calibrate(torch.cat(scores).double().numpy(), rows.labels)
+    calibrated.scale.fill_(scale)
+    calibrated.shift.copy_(torch.as_tensor(shift))
     return calibrated
 
 
@@ -89,6 +79,7 @@ def save(fitted: Fitted, fit: Fit, folder: Path) -> None:
         "fit": fit.model_dump(),
         "vocabulary": fitted.encoding.vocabulary,
         "numbers": fitted.encoding.numbers,
+        "target": fitted.encoding.target.model_dump(),
     }
     # The order of the columns counts: not sorted.
     stage.write_json(folder / DESCRIPTION, description | {"columns": fitted.encoding.columns})
@@ -99,10 +90,12 @@ def load(folder: Path = FOLDER) -> Fitted:
     description: dict[str, Any] = stage.read_json(folder / DESCRIPTION)
     vocabulary, numbers = description["vocabulary"], description["numbers"]
     encoding = Encoding(
-        {name: vocabulary[name] for name in description["columns"] if name in vocabulary}, numbers
+        {name: vocabulary[name] for name in description["columns"] if name in vocabulary},
+        numbers,
+        Target.model_validate(description["target"]),
     )
     fit = Fit.model_validate(description["fit"])
     weights = load_file(folder / WEIGHTS)
-    network = Calibrated(models.build(Inputs.blank(encoding), fit))
+    network = Calibrated(models.build(Inputs.blank(encoding), fit), objectives.of(encoding.target))
     network.load_state_dict(weights)
     return Fitted(network.eval(), encoding)

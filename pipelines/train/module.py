@@ -1,6 +1,7 @@
 """Lightning: the loss, optimiser and schedule around any head of the model table, and its batches.
 
-A head maps codes (rows, categories) and encoded numbers (rows, width) to logits (rows, members).
+A head maps codes (rows, categories) and encoded numbers (rows, width) to logits, as
+pipelines/train/objectives.py takes them.
 """
 
 import math
@@ -13,57 +14,62 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
-from torch.nn import functional as F
 
 from pipelines import metrics
 from pipelines.params import Fit
 from pipelines.train.data import BATCH, Batch, Rows
-from pipelines.train.fitted import probability
+from pipelines.train.objectives import Objective
 
 
-class BinaryModule(pl.LightningModule):
-    """Binary cross-entropy of every member; the prediction is the members' mean probability."""
+class TaskModule(pl.LightningModule):
+    """The task's loss of every member."""
 
-    def __init__(self, head: nn.Module, fit: Fit, steps: int) -> None:
+    def __init__(
+        self, head: nn.Module, task: metrics.Task, objective: Objective, fit: Fit, steps: int
+    ) -> None:
         super().__init__()
+        self.task, self.objective = task, objective
         # Lightning's own estimate of the steps would read the data before a checkpoint is loaded,
         # and the place in the epoch would be lost.
         self.head, self.options, self.steps = head, fit, steps
         # Of the epoch so far: the sum of the rows' losses, and their number.
         self.seen = torch.zeros(2, dtype=torch.float64)
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen: list[torch.Tensor] = []
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         codes, numbers, labels = batch
         logits = self.head(codes, numbers)
-        losses = F.binary_cross_entropy_with_logits(
-            logits, labels[:, None].expand_as(logits), reduction="sum"
-        )
-        total = losses.detach() / logits.shape[1]
+        losses = self.objective.losses(logits, self.objective.known(labels))
+        members = logits.shape[1] // self.objective.width
+        total = losses.detach() / members
         self.seen = self.seen.to(total.device)
         self.seen += torch.stack([total, total.new_tensor(len(labels))])
         # DDP takes the mean over processes, whose parts of the last batch differ by a row.
         batches = cast(Batches, self.trainer.train_dataloader)
-        mean: torch.Tensor = losses / (logits.shape[1] * batches.given / self.trainer.world_size)
+        mean: torch.Tensor = losses / (members * batches.given / self.trainer.world_size)
         return mean
 
     def validation_step(self, batch: Batch, _: int) -> None:
         codes, numbers, labels = batch
-        self._seen.append((probability(self.head(codes, numbers)), labels))
+        predicted = self.objective.mean(self.head(codes, numbers))
+        self._seen.append(torch.column_stack([self.objective.known(labels), predicted]))
 
     def on_fit_start(self) -> None:
         if self.global_rank:  # or all would drop out the same units
             torch.manual_seed(self.options.seed + self.global_rank)
 
     def on_validation_epoch_end(self) -> None:
-        seen = torch.cat([torch.stack(batch) for batch in self._seen], dim=1)
-        self._seen.clear()
         # NumPy has no bfloat16, which a mixed precision gives.
-        predicted, labels = np.concatenate(self._gathered(seen.float().cpu().numpy()), axis=1)
-        figures = metrics.point(labels.astype(int), predicted)
+        seen = torch.cat(self._seen).float().cpu().numpy()
+        self._seen.clear()
+        columns = np.concatenate(self._gathered(seen))
+        labels, predicted = columns[:, 0], columns[:, 1:]
+        if self.objective.width == 1:
+            predicted = predicted[:, 0]
+        figures = metrics.point(labels, predicted, self.task.name)
         # Equal in all processes already; Lightning warns where it is not told to make them so.
-        self.log("val_loss", figures["log_loss"], sync_dist=True)
-        self.log("val_auc", figures["auc"], sync_dist=True)
+        self.log("val_loss", figures[self.task.loss], sync_dist=True)
+        self.log(f"val_{self.task.told}", figures[self.task.told], sync_dist=True)
         # Here, since callbacks read it before the hook for the end of an epoch.
         losses, rows = np.sum(self._gathered(self.seen.cpu().numpy()), axis=0)
         self.log("train_loss", losses / rows, sync_dist=True)

@@ -1,7 +1,7 @@
 """package: the fitted model becomes a bundle that needs nothing of this repository.
 
 in:   models/fit/, data/features/, reports/evaluate/verdict.json
-out:  models/bundle/: model.onnx (raw feature columns -> calibrated probability), bundle.json (the
+out:  models/bundle/: model.onnx (raw feature columns -> calibrated prediction), bundle.json (the
       contract), reference.parquet (validation rows with label and prediction),
       reports/package/verdict.json
 run:  dvc repro package
@@ -28,6 +28,8 @@ from pipelines.train.fitted import Fitted
 REPORT = Path("reports/package")
 EVALUATION = Path("reports/evaluate/verdict.json")
 OPSET = 18
+# What the prediction is called, by task.
+OUTPUTS = {"binary": "probability", "regression": "value", "multiclass": "probabilities"}
 
 
 def run(params: Params) -> None:
@@ -77,7 +79,7 @@ def reference(scorer: bundle.Scorer, encoding: Encoding, rows: int) -> pa.Table:
     val = split(encoding, "val")
     step = max(1, -(-val.num_rows // rows))
     kept = val.take(pa.array(range(0, val.num_rows, step)))
-    return kept.append_column(bundle.PREDICTION, pa.array(scorer.predict(kept)))
+    return bundle.answered(kept, scorer.predict(kept))
 
 
 def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +94,9 @@ def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> 
         "as_of": params.as_of.isoformat(),
         "columns": columns,
         "missing": {"string": "", "float32": "NaN"},
-        "output": {"name": "probability", "type": "float32"},
+        "output": {"name": OUTPUTS[encoding.target.task], "type": "float32"},
+        "task": encoding.target.task,
+        "classes": encoding.target.classes,
         "label": "label",
         "threshold": params.package.threshold,
         # Values without intervals: how often the bootstrap drew must not name another bundle.
@@ -104,7 +108,7 @@ def contract(params: Params, encoding: Encoding, evaluation: dict[str, Any]) -> 
 
 
 def to_onnx(model: Fitted) -> onnx.ModelProto:
-    """One graph from the raw columns, each of shape (rows,), to `probability`, shape (rows,)."""
+    """One graph from the raw columns, each of shape (rows,), to the prediction."""
     network = _network(model)
     inputs = _inputs(model.encoding, network.ir_version)
     joined = onnx.compose.merge_models(
@@ -125,7 +129,7 @@ def _network(model: Fitted) -> onnx.ModelProto:
         model.network,
         (codes, numbers),
         input_names=["codes", "numbers"],
-        output_names=["probability"],
+        output_names=[OUTPUTS[model.encoding.target.task]],
         dynamic_shapes=({0: rows}, {0: rows}),
         opset_version=OPSET,
         verbose=False,

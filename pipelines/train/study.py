@@ -42,7 +42,9 @@ def named(params: Params, encoding: Encoding, rows: Path) -> str:
     fixed = params.fit.model_dump(exclude={"checkpoint", *params.tune.space.keys})
     made_of = fitting.code()
     made_of["rows"] = stage.digest(rows)
-    made_of["columns"] = json.dumps([encoding.vocabulary, encoding.numbers])
+    made_of["columns"] = json.dumps(
+        [encoding.vocabulary, encoding.numbers, encoding.target.model_dump()]
+    )
     made_of["fit"] = json.dumps(fixed, sort_keys=True)
     made_of["space"] = params.tune.space.model_dump_json()
     return f"{params.dataset.name}-{params.fit.model}-{stage.digest_of(made_of)[:12]}"
@@ -61,8 +63,13 @@ def opened(params: Params, name: str) -> "Study":
         direction="minimize",
         load_if_exists=True,
     )
-    held.set_user_attr("about", [params.dataset.name, params.fit.model])
+    held.set_user_attr("about", _about(params))
     return held
+
+
+def _about(params: Params) -> list[str]:
+    """What studies must agree in for one to begin with the best of the other."""
+    return [params.dataset.name, params.dataset.target.column, params.fit.model]
 
 
 def _storage(url: str) -> "RDBStorage":
@@ -132,7 +139,7 @@ def _earlier(held: "Study", params: Params) -> list[dict[str, Any]]:
     from optuna import get_all_study_summaries, load_study
 
     storage = _storage(params.tune.storage)
-    about = [params.dataset.name, params.fit.model]
+    about = _about(params)
     summaries = get_all_study_summaries(storage)
     others = [
         one

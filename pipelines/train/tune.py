@@ -41,7 +41,7 @@ def run(params: Params) -> None:
         raise UserError("fit.trainer: a trial is one process; expected devices: 1 and nodes: 1")
     features = params.dataset.features
     with stage.scratch("tune") as rows:
-        encoding = data.learn(features.categories, features.numbers)
+        encoding = data.learn(features.categories, features.numbers, params.dataset.target)
         for split in trials.SPLITS:
             data.materialise(encoding, split, rows)
         name = study.named(params, encoding, rows)

@@ -21,7 +21,8 @@ from pipelines.ingest import validate
 from pipelines.params import Params
 from pipelines.train import fit, package
 
-SUITE = Path(__file__).parent.parent.parent / expected.SUITE
+SUITES = Path(__file__).parent.parent.parent / expected.SUITES
+PLACE = expected.SUITES / "binary.json"
 MONTH = Path("data/predictions/2013-05.parquet")
 
 
@@ -125,8 +126,8 @@ def test_a_month_that_lacks_a_column_is_named(ready: Checkout) -> None:
 
 
 def test_answers_that_break_the_contract_are_not_written(ready: Checkout) -> None:
-    text = expected.SUITE.read_text().replace('"max_value": 0.9', '"max_value": 0.011')
-    expected.SUITE.write_text(text)
+    text = PLACE.read_text().replace('"max_value": 0.9', '"max_value": 0.011')
+    PLACE.write_text(text)
     with pytest.raises(UserError, match=r"predictions/2013-05\.parquet: prediction: column_mean"):
         score.run(ready.params())
     assert not score.PREDICTIONS.exists()
@@ -145,21 +146,21 @@ def test_answers_that_break_the_contract_are_not_written(ready: Checkout) -> Non
 def test_each_breach_is_one_line(
     monkeypatch: pytest.MonkeyPatch, answers: list[float | None], said: str
 ) -> None:
-    monkeypatch.setattr(expected, "SUITE", SUITE)
+    monkeypatch.setattr(expected, "SUITES", SUITES)
     with pytest.raises(UserError) as raised:
-        expected.check(_table(answers), expected.suite(), MONTH)
+        expected.check(_table(answers), expected.suite("binary"), MONTH)
     assert str(raised.value).startswith(f"{MONTH}: ")
     assert said in str(raised.value)
 
 
 def test_an_unknown_expectation_is_named(checkout: Checkout) -> None:
-    stage.write_json(expected.SUITE, {"expectations": [{"type": "expect_magic", "kwargs": {}}]})
+    stage.write_json(PLACE, {"expectations": [{"type": "expect_magic", "kwargs": {}}]})
     with pytest.raises(UserError, match="expect_magic is not known; allowed: expect_table_row"):
-        expected.suite()
+        expected.suite("binary")
 
 
 def test_great_expectations_itself_says_the_same(tmp_path: Path, params: Params) -> None:
-    suite = stage.read_json(SUITE)
+    suite = stage.read_json(SUITES / "binary.json")
     tried = [[0.1, 0.5], [0.2, None], [0.3, 1.5, -0.5], [math.nan, 0.3], [0.0, 0.0], [1.0]]
     with engine.session("embedded") as spark:
         for answers in tried:

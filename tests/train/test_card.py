@@ -33,16 +33,16 @@ def judged(checkout: Checkout) -> Checkout:
     label = random.integers(0, 2, 4000)
     probability = np.clip(0.3 * label + random.random(4000) * 0.7, 0, 1)
     months = np.repeat(["2013-04", "2013-05"], 2000)
-    by_origin = evaluate.cut(label, probability, random.choice(["EWR", "J|K"], 4000), 0.5)
+    by_origin = evaluate.cut(label, probability, random.choice(["EWR", "J|K"], 4000), "binary", 0.5)
     verdicts = {
         "validate": {"rows": 4321, "quarantined": 7},
         "package": {"model_bytes": 12345, "parity": 3e-7},
         "evaluate": {
             "rows": {"train": 2000, "val": 1000, "test": 987},
-            "passed": True, "reasons": [],
+            "task": "binary", "passed": True, "reasons": [],
             "metrics": {name: _interval(0.2 + at / 10) for at, name in enumerate(metrics.NAMES)},
             "baseline": {name: _interval(0.5) for name in metrics.NAMES},
-            "months": evaluate.cut(label, probability, months, 0.5),
+            "months": evaluate.cut(label, probability, months, "binary", 0.5),
             "slices": {"origin": by_origin},
             "fairness": {"origin": evaluate.apart(by_origin)},
             "behaviour": [{"name": "more", "before": 0.1, "after": 0.2, "passed": True}],
@@ -63,7 +63,7 @@ def test_every_part_is_filled_and_it_repeats(judged: Checkout) -> None:
     ]  # fmt: skip
     for said in (
         "4,321 events, of which 7 broke", "2,000 rows to learn from", "passed every check",
-        "| auc | 0.2000 (0.1900 to 0.2100) | 0.5000 (0.4900 to 0.5100) |", "| 2013-05 | 2,000 |",
+        "| AUC | 0.2000 (0.1900 to 0.2100) | 0.5000 (0.4900 to 0.5100) |", "| 2013-05 | 2,000 |",
         "| more | 0.1000 | 0.2000 | yes |", stage.digest(bundle.FOLDER)[:12], "12,345 bytes",
     ):  # fmt: skip
         assert said in text, said
@@ -110,15 +110,15 @@ def test_slices_that_are_alike_do_not_lie_apart() -> None:
     label = np.tile([0, 1, 0, 0], 500)
     probability = np.tile([0.1, 0.9, 0.6, 0.2], 500)
     values = np.repeat(["a", "b"], 1000)
-    found = evaluate.apart(evaluate.cut(label, probability, values, 0.5))
+    found = evaluate.apart(evaluate.cut(label, probability, values, "binary", 0.5))
     assert found == {
         "values": 2, "left_out": 0,
         "flagged": 0.0, "caught": 0.0, "false_alarms": 0.0, "calibration": 0.0,
     }  # fmt: skip
     # All of b is flagged: those of the label already were, and a third of the others.
     worse = np.where(values == "b", 0.9, probability)
-    apart = evaluate.apart(evaluate.cut(label, worse, values, 0.5))
+    apart = evaluate.apart(evaluate.cut(label, worse, values, "binary", 0.5))
     assert (apart["flagged"], apart["caught"]) == (0.5, 0.0)
     assert apart["false_alarms"] == pytest.approx(2 / 3, abs=1e-6)
     few = np.append(np.repeat("a", 1999), "b")
-    assert evaluate.apart(evaluate.cut(label, probability, few, 0.5))["left_out"] == 1
+    assert evaluate.apart(evaluate.cut(label, probability, few, "binary", 0.5))["left_out"] == 1

@@ -83,7 +83,7 @@ def test_knowledge_of_after_the_prediction_time_fails_the_stage(features: Checko
 
 def test_chance_in_few_rows_is_no_leak(features: Checkout) -> None:
     """Of many numbers one orders a dozen labels well by chance; a thousand rows it does not."""
-    encoding = Encoding({}, ["a"])
+    encoding = Encoding({}, ["a"], features.params().dataset.target)
     label = np.array([0] * 9 + [1] * 3)
     score = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 0.95, 0.8, 0.97, 0.99])
 
@@ -97,6 +97,6 @@ def test_chance_in_few_rows_is_no_leak(features: Checkout) -> None:
             np.save(f"few/{name}.npy", np.repeat(array, times, axis=0))
         return Rows(Path("few"))
 
-    evaluate.stop_on_single_leak(rows(1), label, encoding, allowed=0.78)
+    evaluate.stop_on_single_leak(rows(1), encoding, allowed=0.78)
     with pytest.raises(UserError, match=r"feature a alone reaches AUC 0\.926; surely above"):
-        evaluate.stop_on_single_leak(rows(100), np.repeat(label, 100), encoding, allowed=0.78)
+        evaluate.stop_on_single_leak(rows(100), encoding, allowed=0.78)

@@ -68,8 +68,9 @@ def test_a_split_without_rows_is_one_line(features: Checkout) -> None:
 
 
 def test_a_batch_is_taken_at_once_from_mapped_memory(features: Checkout) -> None:
-    names = features.params().dataset.features
-    encoding = data.learn(names.categories, names.numbers)
+    dataset = features.params().dataset
+    names = dataset.features
+    encoding = data.learn(names.categories, names.numbers, dataset.target)
     with stage.scratch("test") as scratch:
         rows = data.materialise(encoding, "train", scratch)
         assert all(isinstance(array, np.memmap) for array in rows.arrays)
@@ -83,7 +84,7 @@ def test_a_batch_is_taken_at_once_from_mapped_memory(features: Checkout) -> None
 def test_a_rank_is_the_share_of_rows_below() -> None:
     values = np.r_[np.zeros(500), np.linspace(1, 2, 500)].astype(np.float32)
     statistics = np.r_[np.quantile(values, np.linspace(0, 1, POINTS)), values.mean(), 1.0, 0.0]
-    encoder = NumberEncoder(Inputs([], statistics[None].astype(np.float32)))
+    encoder = NumberEncoder(Inputs([], statistics[None].astype(np.float32), 1))
     asked = torch.tensor([[-1.0], [0.0], [1.5], [3.0], [float("nan")]])
     logit = encoder(asked)[:, 0]
     assert logit[0] < logit[1] < logit[2] < logit[3]
@@ -101,8 +102,9 @@ def test_a_disk_too_small_for_the_arrays_is_an_error_that_names_the_file(
     features: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a byte of the array is written: mapped memory the disk cannot hold kills a process."""
-    names = features.params().dataset.features
-    encoding = data.learn(names.categories, names.numbers)
+    dataset = features.params().dataset
+    names = dataset.features
+    encoding = data.learn(names.categories, names.numbers, dataset.target)
 
     def full(file: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "full")

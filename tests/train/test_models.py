@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from world import Checkout
 
 from pipelines import bundle
-from pipelines.params import Fit
+from pipelines.params import Fit, Target
 from pipelines.train import data, evaluate, fit, fitted, models, package
 from pipelines.train.data import Encoding
 from pipelines.train.models.inputs import Inputs
@@ -30,7 +30,9 @@ def test_it_learns_and_its_bundle_answers_as_it_does(features: Checkout, model: 
 
 @pytest.fixture
 def inputs() -> Inputs:
-    return Inputs.blank(Encoding({"origin": ["EWR", "JFK"], "carrier": ["UA"]}, ["x", "y"]))
+    vocabulary = {"origin": ["EWR", "JFK"], "carrier": ["UA"]}
+    target = Target(column="late", task="binary", classes=[])
+    return Inputs.blank(Encoding(vocabulary, ["x", "y"], target))
 
 
 def _head(inputs: Inputs, fit: Fit, model: str, **changes: object) -> torch.nn.Module:

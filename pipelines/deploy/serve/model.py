@@ -70,6 +70,8 @@ def load(named: Named, params: Serve) -> Model:
     Raises UserError where the bundle is not what it should be.
     """
     found = bundle.verified(named.folder, named.digest)
+    if (task := bundle.task(found.contract)) != "binary":
+        raise UserError(f"{named.folder}: its task is {task}; what is served is binary")
     try:
         session = bundle.open_session(found.model, params.threads)
     except Exception as error:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from pipelines.train import objectives
 from pipelines.train.data import Encoding, Rows
 
 SAMPLE = 100_000  # rows from which statistics are read, evenly spaced
@@ -18,7 +19,7 @@ CHANNELS = 3  # encoded values of one number
 
 @dataclass(frozen=True)
 class Inputs:
-    """cardinalities: codes per category, the one for missing included.
+    """cardinalities: codes per category, the one for missing included. width: logits of a member.
 
     statistics: shape (numbers, POINTS + 3): quantiles of the known values, their mean, their
     standard deviation, and the share of rows that miss the number.
@@ -26,6 +27,7 @@ class Inputs:
 
     cardinalities: list[int]
     statistics: npt.NDArray[np.float32]
+    width: int
 
     @classmethod
     def of(cls, encoding: Encoding, train: Rows) -> "Inputs":
@@ -33,17 +35,22 @@ class Inputs:
         numbers = train.arrays[1]
         sample = np.asarray(numbers[:: max(1, len(numbers) // SAMPLE)], dtype=np.float64)
         lines = [_statistics(column) for column in sample.T]
-        return cls(_cardinalities(encoding), np.array(lines, np.float32).reshape(-1, POINTS + 3))
+        statistics = np.array(lines, np.float32).reshape(-1, POINTS + 3)
+        return cls(_cardinalities(encoding), statistics, _width(encoding))
 
     @classmethod
     def blank(cls, encoding: Encoding) -> "Inputs":
         """The right shapes, to be filled from saved weights."""
         shape = (len(encoding.numbers), POINTS + 3)
-        return cls(_cardinalities(encoding), np.zeros(shape, np.float32))
+        return cls(_cardinalities(encoding), np.zeros(shape, np.float32), _width(encoding))
 
 
 def _cardinalities(encoding: Encoding) -> list[int]:
     return [len(values) + 1 for values in encoding.vocabulary.values()]
+
+
+def _width(encoding: Encoding) -> int:
+    return objectives.of(encoding.target).width
 
 
 def _statistics(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -115,7 +122,7 @@ class Embeddings(nn.ModuleList):
 
 
 class Network(nn.Module):
-    """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members).
+    """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members * width).
 
     The head maps codes and encoded numbers to logits. Training encodes every row once and feeds
     the head.

@@ -16,12 +16,14 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Logistic(nn.Module):
-    """Logits of shape (rows, 1)."""
+    """Logits of shape (rows, width)."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.numbers = nn.Linear(CHANNELS * len(inputs.statistics), 1)
-        self.values = nn.ModuleList([nn.Embedding(count, 1) for count in inputs.cardinalities])
+        self.numbers = nn.Linear(CHANNELS * len(inputs.statistics), inputs.width)
+        self.values = nn.ModuleList(
+            [nn.Embedding(count, inputs.width) for count in inputs.cardinalities]
+        )
         for values in self.values:
             nn.init.zeros_(values.weight)  # type: ignore[arg-type]
 

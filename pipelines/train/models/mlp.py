@@ -17,7 +17,7 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Members(nn.Module):
-    """Logits of shape (rows, members)."""
+    """Logits of shape (rows, members * width)."""
 
     def __init__(self, members: nn.ModuleList) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Members(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Logits of shape (rows, 1)."""
+    """Logits of shape (rows, width)."""
 
     def __init__(self, inputs: Inputs, fit: Fit) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Perceptron(nn.Module):
         for hidden in fit.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(fit.dropout)]
             width = hidden
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = nn.Sequential(*layers, nn.Linear(width, inputs.width))
 
     def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.layers(self.embeddings(codes, encoded))

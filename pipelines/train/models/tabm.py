@@ -22,7 +22,7 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Tabm(nn.Module):
-    """Logits of shape (rows, members)."""
+    """Logits of shape (rows, members * width)."""
 
     def __init__(self, inputs: Inputs, fit: Fit) -> None:
         super().__init__()
@@ -34,15 +34,15 @@ class Tabm(nn.Module):
         signs = torch.randint(2, (fit.members, widths[0])) * 2.0 - 1.0
         self.signs = nn.Parameter(signs)
         self.dropout = nn.Dropout(fit.dropout)
-        self.weight = nn.Parameter(_uniform(fit.members, widths[-1], fan=widths[-1]))
-        self.bias = nn.Parameter(_uniform(fit.members, fan=widths[-1]))
+        self.weight = nn.Parameter(_uniform(fit.members, inputs.width, widths[-1], fan=widths[-1]))
+        self.bias = nn.Parameter(_uniform(fit.members * inputs.width, fan=widths[-1]))
 
     def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         hidden = self.embeddings(codes, encoded)[:, None, :] * self.signs
         for layer in self.layers:
             hidden = self.dropout(F.relu(layer(hidden)))
-        logits: torch.Tensor = (hidden * self.weight).sum(dim=2) + self.bias
-        return logits
+        logits: torch.Tensor = (hidden[:, :, None, :] * self.weight).sum(dim=3).flatten(1)
+        return logits + self.bias
 
 
 class Shared(nn.Module):

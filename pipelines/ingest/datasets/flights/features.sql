@@ -1,4 +1,5 @@
--- One row per flight whose arrival is known: what was known at its prediction time, and whether it was late.
+-- One row per flight whose arrival is known: what was known at its prediction time, and what became of it,
+-- of which dataset.target names one: late, minutes, or punctuality (0 early, 1 on time, 2 late).
 -- View: accepted. Parameters: :first and :until, between which the flights lie that are asked for; and
 -- :lookback_days, further than which no level and no aircraft's past reaches.
 --
@@ -16,7 +17,7 @@ with flights as (
         unix_timestamp(prediction_time) div 600 as tick,
         (unix_timestamp(prediction_time) - 28800) div 86400 as day,
         from_utc_timestamp(scheduled_at, 'America/New_York') as local_time,
-        case when arr_delay > 15 then 1 else 0 end as label
+        case when arr_delay > 15 then 1 else 0 end as late
     from accepted
 ),
 
@@ -43,7 +44,7 @@ seen as (
     select
         origin, dest, carrier, flight, unix_timestamp(arrived_at),
         0, 0, 0, 0,
-        1, least(arr_delay, 180), label, dep_delay - arr_delay
+        1, least(arr_delay, 180), late, dep_delay - arr_delay
     from flights
     where arrived_at is not null
 ),
@@ -250,7 +251,9 @@ select
         when hour(f.local_time) < 18 then 'afternoon'
         else 'evening'
     end as part_of_day,
-    f.label,
+    f.late,
+    f.arr_delay as minutes,
+    case when f.arr_delay < 0 then 0 when f.arr_delay <= 15 then 1 else 2 end as punctuality,
 
     f.dest,
     dayofweek(f.local_time) as weekday,
