@@ -46,7 +46,7 @@ def run(params: Params) -> None:
             f"# Model card: {name}",
             *_purpose(contract, scorer.contract, verdicts["evaluate"]),
             *_data(contract, scorer.contract, verdicts),
-            *_figures(verdicts["evaluate"]),
+            *_figures(verdicts["evaluate"], scorer.contract),
             *_slices(verdicts["evaluate"], scorer.contract["threshold"]),
             *_behaviour(verdicts["evaluate"]),
             *_moving(scorer),
@@ -102,7 +102,7 @@ def _data(contract: Contract, made: Mapping[str, Any], verdicts: Verdicts) -> li
     ]
 
 
-def _figures(verdict: Verdicts) -> list[str]:
+def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
     def told(figure: Mapping[str, float]) -> str:
         return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
@@ -113,12 +113,23 @@ def _figures(verdict: Verdicts) -> list[str]:
     months = [_cut(name, held) for name, held in verdict["months"].items()]
     return [
         *_section("Figures"),
-        "On the test rows, with 95 % intervals.",
+        f"On the test rows, with 95 % intervals.{_form(made)}",
         "",
         *_table(["", "model", "gradient boosting"], lines),
         *_section("Calibration by month"),
         *_table(["month", "rows", "mean probability", "rate", "calibration error", "AUC"], months),
     ]
+
+
+def _form(made: Mapping[str, Any]) -> str:
+    """Said where the bundle holds another network than the one that evaluate measured."""
+    if "form" not in made:
+        return ""
+    figures = made["metrics"]
+    return (
+        f" They are of the network as it was fitted; the bundle holds its form {made['form']}, "
+        f"which has AUC {figures['auc']:.4f} and log loss {figures['log_loss']:.4f} there."
+    )
 
 
 def _cut(name: str, held: Mapping[str, Any]) -> list[str]:

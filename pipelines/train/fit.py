@@ -32,7 +32,7 @@ from pipelines.train import checkpoints, data, fitted, models
 from pipelines.train.checkpoints import Checkpoints, Plain
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
-from pipelines.train.models.inputs import Inputs
+from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.module import BinaryModule, FeatureData
 
 Epoch = dict[str, float]
@@ -89,14 +89,16 @@ def train_network(
     folder: Path,
     logger: Any = False,
     watching: Sequence[pl.Callback] = (),
+    begin: Network | None = None,
 ) -> tuple[Fitted, list[Epoch]]:
-    """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch.
+    """Train a new network, or `begin` where one is given, which `fit` describes; keep the best
+    epoch, calibrate. Returns the model and the figures of every epoch.
 
     Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end,
     and what one who is `watching` raises.
     """
-    _repeatable(fit)
-    network = models.build(Inputs.of(encoding, train), fit)
+    repeatable(fit)
+    network = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
     steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
     module = BinaryModule(network.head, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
@@ -129,7 +131,7 @@ def train_network(
     return Fitted(fitted.calibrate(network.cpu(), val), encoding), progress.epochs
 
 
-def _repeatable(fit: Fit) -> None:
+def repeatable(fit: Fit) -> None:
     """Seed everything, and split sums the same way on every machine."""
     import logging
     import warnings
