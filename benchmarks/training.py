@@ -97,7 +97,7 @@ def bare(encoding: Encoding, train: Rows, options: Fit, epochs: int) -> float:
     for _ in range(epochs):
         for batch in torch.randperm(len(train)).split(options.batch_size):
             logits = network.head(codes[batch], numbers[batch])
-            wanted = labels[batch][:, None].expand_as(logits)
+            wanted = labels[batch][:, None, None].expand_as(logits)
             loss = F.binary_cross_entropy_with_logits(logits, wanted)
             optimizer.zero_grad()
             loss.backward()

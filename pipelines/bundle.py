@@ -49,6 +49,8 @@ DOMAINS = ("", "ai.onnx.ml")
 # All values inside the network together have no more elements for one row: a small file can ask for
 # much memory, and a service is asked for a thousand rows at once.
 ELEMENTS = 1 << 18
+# Weights that the file holds as integers are no larger as floats than those of the largest file.
+WEIGHTS = LARGEST[MODEL] // 4
 REFERENCE_ROWS = 1 << 20
 
 
@@ -66,12 +68,12 @@ class Scorer:
         if not table.num_rows:
             return np.empty((0, *self.session.get_outputs()[0].shape[1:]), np.float32)
         spare = (0, -table.num_rows % REGISTER)
-        feed = {
-            c["name"]: np.pad(_tensor(table[c["name"]], c["type"]), spare, mode="edge")
-            for c in self.contract["columns"]
+        fed = {
+            name: np.pad(values, spare, mode="edge")
+            for name, values in feed(self.contract, table).items()
         }
         parts = [
-            self.session.run(None, {name: rows[at : at + BATCH] for name, rows in feed.items()})[0]
+            self.session.run(None, {name: rows[at : at + BATCH] for name, rows in fed.items()})[0]
             for at in range(0, table.num_rows, BATCH)
         ]
         return np.asarray(np.concatenate(parts)[: table.num_rows])
@@ -117,6 +119,11 @@ def open_session(model: Path | bytes, threads: int = 0) -> "InferenceSession":
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def feed(contract: Mapping[str, Any], table: pa.Table) -> dict[str, npt.NDArray[Any]]:
+    """The contract's raw columns as the model takes them, each of shape (rows,); nulls allowed."""
+    return {c["name"]: _tensor(table[c["name"]], c["type"]) for c in contract["columns"]}
 
 
 def _tensor(column: pa.ChunkedArray, kind: str) -> npt.NDArray[Any]:
@@ -263,7 +270,8 @@ def _check_sizes(file: Path, model: "ModelProto") -> None:
     """Every value's shape is known but for the rows, and their sum is small: none can unfold when
     it is run.
     """
-    graph, elements = model.graph, 0
+    graph, elements, weights = model.graph, 0, 0
+    held = {one.name for one in graph.initializer}
     shapes = [one.type.tensor_type.shape.dim for one in graph.input]
     rows = {dims[0].dim_param if len(dims) == 1 else "" for dims in shapes}
     if len(rows) != 1 or "" in rows:
@@ -277,7 +285,13 @@ def _check_sizes(file: Path, model: "ModelProto") -> None:
             if any(not dim.HasField("dim_value") and dim.dim_param not in rows for dim in dims):
                 raise UserError(f"{file}: the size of {name[:50]!r} is not known before it is run")
             by_row = sum(not dim.HasField("dim_value") for dim in dims)
-            elements += math.prod(dim.dim_value or 1 for dim in dims)
+            size = math.prod(dim.dim_value or 1 for dim in dims)
+            if node.op_type == "DequantizeLinear" and node.input[0] in held:
+                weights += size
+                if weights > WEIGHTS:
+                    raise UserError(f"{file}: with {name[:50]!r} it has over {WEIGHTS:,} weights")
+                continue
+            elements += size
             if by_row > 1 or elements > ELEMENTS:
                 raise UserError(
                     f"{file}: with {name[:50]!r} there are over {ELEMENTS:,} elements for a row"

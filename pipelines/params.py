@@ -312,10 +312,38 @@ class Evaluate(_Block):
     baseline_iterations: Positive
 
 
+class Pruned(_Block):
+    """How much of each hidden layer goes, and how long the rest is trained on."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    epochs: Positive
+
+
+class Distilled(_Block):
+    """The network that is taught, and for how long."""
+
+    hidden: Annotated[list[Positive], Field(min_length=1)]
+    epochs: Positive
+
+
 class Package(_Block):
+    """What a bundle holds, and which forms of the network it is chosen from."""
+
     parity: Annotated[float, Field(gt=0)]
     reference_rows: Positive
     threshold: Share
+    forms: list[Literal["int8", "pruned", "distilled"]]
+    max_loss_rise: Annotated[float, Field(ge=0)]
+    pruned: Pruned
+    distilled: Distilled
+
+    @field_validator("forms")
+    @classmethod
+    def _each_once(cls, forms: list[str]) -> list[str]:
+        for form, times in Counter(forms).items():
+            if times > 1:
+                raise ValueError(f"{form} stands {times} times; expected once")
+        return forms
 
 
 class Score(_Block):

@@ -218,6 +218,8 @@ def _where(params: Params) -> list[str]:
         _page("drift", REPORTS / "drift" / "report.html"),
         _page("card", REPORTS / "model_card.html", verdict=REPORTS / "model_card.md"),
     ]
+    if params.package.forms:
+        pages.append(_page("package", REPORTS / "package" / "forms.md"))
     return [
         "",
         f"  look at     {pages[0]}",

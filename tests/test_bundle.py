@@ -89,6 +89,17 @@ def _adding_up(model: onnx.ModelProto) -> None:
         model.graph.node.append(more)
 
 
+def _dequantizing(model: onnx.ModelProto) -> None:
+    """A megabyte of integers, a hundred times as floats."""
+    raw = bytes(1 << 20)
+    tensor = helper.make_tensor("small", TensorProto.INT8, [1 << 20], raw, raw=True)
+    scale = helper.make_tensor("step", TensorProto.FLOAT, [], [1.0])
+    model.graph.initializer.extend([tensor, scale])
+    for number in range(100):
+        node = helper.make_node("DequantizeLinear", ["small", "step"], [f"large{number}"])
+        model.graph.node.append(node)
+
+
 def _by_data(model: onnx.ModelProto) -> None:
     """How much it wants only a caller's number says."""
     cast = helper.make_node("Cast", ["x"], ["length"], to=TensorProto.INT64)
@@ -156,6 +167,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a constant of terabytes": _model(_unfolding),
     "a constant in ten steps": _model(_repeating),
     "values that add up": _model(_adding_up),
+    "weights that unfold": _model(_dequantizing),
     "a size that the caller says": _model(_by_data),
     "a sparse tensor of terabytes": _model(_sparse),
     "a tensor that says more than it holds": _model(

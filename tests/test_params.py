@@ -19,6 +19,14 @@ def test_the_repository_holds_valid_params() -> None:
     [
         ({"speed": 1}, "speed: unknown key; allowed here: as_of, engine, fetch, load, validate"),
         ({"fit": {"lr": 1}}, "fit.lr: unknown key; allowed here: model, seed"),
+        ({"package": {"forms": ["int4"]}}, "package.forms.0: input should be 'int8', 'pruned' or"),
+        ({"package": {"forms": ["int8", "int8"]}}, "package.forms: int8 stands 2 times; expected"),
+        ({"package": {"max_loss_rise": -1}}, "package.max_loss_rise: input should be greater than"),
+        (
+            {"package": {"pruned": {"share": 1.0}}},
+            "package.pruned.share: input should be less than",
+        ),
+        ({"package": {"distilled": {"hidden": []}}}, "package.distilled.hidden: list should have"),
         ({"as_of": None}, "as_of: expected a quoted ISO 8601 time"),
         ({"as_of": "soon"}, "as_of: invalid isoformat string"),
         ({"engine": "sparkle"}, "engine: string should match pattern"),

@@ -46,7 +46,7 @@ def run(params: Params) -> None:
             f"# Model card: {name}",
             *_purpose(contract, scorer.contract, verdicts["evaluate"]),
             *_data(contract, scorer.contract, verdicts),
-            *_figures(verdicts["evaluate"]),
+            *_figures(verdicts["evaluate"], scorer.contract),
             *_slices(verdicts["evaluate"], scorer.contract["threshold"]),
             *_behaviour(verdicts["evaluate"]),
             *_moving(scorer),
@@ -112,7 +112,7 @@ def _data(contract: Contract, made: Mapping[str, Any], verdicts: Verdicts) -> li
     ]
 
 
-def _figures(verdict: Verdicts) -> list[str]:
+def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
     def told(figure: Mapping[str, float]) -> str:
         return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
@@ -122,12 +122,27 @@ def _figures(verdict: Verdicts) -> list[str]:
     ]
     return [
         *_section("Figures"),
-        "On the test rows, with 95 % intervals.",
+        f"On the test rows, with 95 % intervals.{_form(made)}",
         "",
         *_table(["", "model", "gradient boosting"], lines),
         *_section("Calibration by month"),
         *_cuts("month", verdict["months"], verdict["task"]),
     ]
+
+
+def _form(made: Mapping[str, Any]) -> str:
+    """Said where the bundle holds another network than the one that evaluate measured."""
+    if "form" not in made:
+        return ""
+    task = metrics.TASKS[bundle.task(made)]
+    told = " and ".join(
+        f"{metrics.title(name)} {made['metrics'][name]:.4f}"
+        for name in dict.fromkeys([next(iter(task.better)), task.loss])
+    )
+    return (
+        f" They are of the network as it was fitted; the bundle holds its form {made['form']}, "
+        f"which has {told} there."
+    )
 
 
 def _cuts(by: str, values: Verdicts, task: str) -> list[str]:

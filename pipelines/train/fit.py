@@ -32,7 +32,7 @@ from pipelines.train import checkpoints, data, fitted, models, objectives
 from pipelines.train.checkpoints import Checkpoints, Plain
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
-from pipelines.train.models.inputs import Inputs
+from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.module import FeatureData, TaskModule
 
 Epoch = dict[str, float]
@@ -90,19 +90,19 @@ def train_network(
     folder: Path,
     logger: Any = False,
     watching: Sequence[pl.Callback] = (),
+    begin: Network | None = None,
 ) -> tuple[Fitted, list[Epoch]]:
-    """Train, keep the best epoch, calibrate. Returns the model and the figures of every epoch.
+    """Train a new network, or `begin` where one is given, which `fit` describes; keep the best
+    epoch, calibrate. Returns the model and the figures of every epoch.
 
     Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end,
     and what one who is `watching` raises.
     """
-    _repeatable(fit)
-    network = models.build(Inputs.of(encoding, train), fit)
+    repeatable(fit)
+    network = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
     steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
-    task, objective = (
-        metrics.TASKS[encoding.target.task],
-        objectives.of(encoding.target, train.labels),
-    )
+    task = metrics.TASKS[encoding.target.task]
+    objective = objectives.of(encoding.target, train.labels)
     module = TaskModule(network.head, task, objective, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train), task.told)
@@ -134,7 +134,7 @@ def train_network(
     return Fitted(fitted.calibrate(network.cpu(), objective, val), encoding), progress.epochs
 
 
-def _repeatable(fit: Fit) -> None:
+def repeatable(fit: Fit) -> None:
     """Seed everything, and split sums the same way on every machine."""
     import logging
     import warnings

@@ -1,7 +1,7 @@
 """Lightning: the loss, optimiser and schedule around any head of the model table, and its batches.
 
-A head maps codes (rows, categories) and encoded numbers (rows, width) to logits, as
-pipelines/train/objectives.py takes them.
+A head maps codes (rows, categories) and encoded numbers (rows, width) to logits as
+pipelines/train/objectives.py has them.
 """
 
 import math
@@ -40,7 +40,7 @@ class TaskModule(pl.LightningModule):
         codes, numbers, labels = batch
         logits = self.head(codes, numbers)
         losses = self.objective.losses(logits, self.objective.known(labels))
-        members = logits.shape[1] // self.objective.width
+        members = logits.shape[1]
         total = losses.detach() / members
         self.seen = self.seen.to(total.device)
         self.seen += torch.stack([total, total.new_tensor(len(labels))])
@@ -93,9 +93,12 @@ class TaskModule(pl.LightningModule):
             if isinstance(m, nn.Embedding)
             for p in m.parameters()
         }
-        parameters = list(self.head.parameters())
-        decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
-        plain = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, p in self.head.named_parameters():
+            # Of members that share their layers biases are matrices too.
+            matrix = p.ndim >= 2 and not name.endswith("bias") and id(p) not in embeddings
+            (decayed if matrix else plain).append(p)
         optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": self.options.weight_decay},

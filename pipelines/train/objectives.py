@@ -1,8 +1,8 @@
 """What a network learns, by task: its loss, how its members become one prediction, and how that is
 calibrated.
 
-Shapes: logits (rows, members * width), each member's width logits side by side; a score, on which
-calibration works, (rows,) or for classes (rows, width); a prediction as in pipelines/metrics.py.
+Shapes: logits (rows, members, width); a score, on which calibration works, (rows,) or for classes
+(rows, width); a prediction as in pipelines/metrics.py.
 """
 
 from dataclasses import dataclass
@@ -63,11 +63,11 @@ class Binary(_Plain):
     width = 1
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        wanted = labels[:, None].expand_as(logits)
+        wanted = labels[:, None, None].expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
 
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(logits).mean(dim=1)
+        return torch.sigmoid(logits[:, :, 0]).mean(dim=1)
 
     def score(self, mean: torch.Tensor) -> torch.Tensor:
         known = mean.clamp(1e-6, 1 - 1e-6)
@@ -102,10 +102,10 @@ class Regression(_Plain):
         return (labels - self.average) / self.spread
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.mse_loss(logits, labels[:, None].expand_as(logits), reduction="sum")
+        return F.mse_loss(logits, labels[:, None, None].expand_as(logits), reduction="sum")
 
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.mean(dim=1)
+        return logits[:, :, 0].mean(dim=1)
 
     def score(self, mean: torch.Tensor) -> torch.Tensor:
         return mean
@@ -128,17 +128,12 @@ class Multiclass(_Plain):
 
     width: int
 
-    def _members(self, logits: torch.Tensor) -> torch.Tensor:
-        # Not reshaped: of a reshaped value ONNX does not know the size before it is run.
-        return torch.stack(torch.split(logits, self.width, dim=1), dim=1)
-
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        members = self._members(logits)
-        wanted = labels.long()[:, None].expand(members.shape[:2])
-        return F.cross_entropy(members.flatten(0, 1), wanted.flatten(), reduction="sum")
+        wanted = labels.long()[:, None].expand(logits.shape[:2])
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
 
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self._members(logits), dim=2).mean(dim=1)
+        return torch.softmax(logits, dim=2).mean(dim=1)
 
     def score(self, mean: torch.Tensor) -> torch.Tensor:
         return torch.log(mean.clamp(min=1e-6))

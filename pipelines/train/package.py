@@ -4,9 +4,11 @@ in:   models/fit/, data/features/, reports/evaluate/verdict.json
 out:  models/bundle/: model.onnx (raw feature columns -> calibrated prediction), bundle.json (the
       contract), reference.parquet (validation rows with label and prediction),
       reports/package/verdict.json
+page: reports/package/forms.md, where package.forms names any (for eyes, not tracked)
 run:  dvc repro package
 
-The stage fails where ONNX Runtime and torch differ on a test row by more than package.parity.
+The stage fails where ONNX Runtime and torch differ on a test row by more than package.parity: what
+is compared is the export in floats of the network that is packaged, whose int8 is another.
 """
 
 from pathlib import Path
@@ -19,13 +21,14 @@ import pyarrow.compute as pc
 import torch
 from onnx import TensorProto, helper
 
-from pipelines import bundle, stage, tables
+from pipelines import bundle, metrics, stage, tables
 from pipelines.params import Params
-from pipelines.train import data, fitted
+from pipelines.train import data, fitted, forms
 from pipelines.train.data import Encoding
 from pipelines.train.fitted import Fitted
 
-REPORT = Path("reports/package")
+VERDICT = Path("reports/package/verdict.json")
+PAGE = Path("reports/package/forms.md")
 EVALUATION = Path("reports/evaluate/verdict.json")
 OPSET = 18
 # What the prediction is called, by task.
@@ -36,27 +39,60 @@ def run(params: Params) -> None:
     evaluation = stage.read_json(EVALUATION)
     model = fitted.load()
     with stage.scratch("package") as scratch, stage.fresh(bundle.FOLDER) as out:
-        onnx.save(to_onnx(model), out / bundle.MODEL)
-        stage.write_json(out / bundle.CONTRACT, contract(params, model.encoding, evaluation))
-        scorer = bundle.load(out)
-        test = split(model.encoding, "test")
-        gap = largest_gap(scorer, model, test, scratch)
+        about = contract(params, model.encoding, evaluation)
+        choice = chosen(params, model, about, scratch)
+        form, test = choice.form, split(model.encoding, "test")
+        scorer = forms.scorer(form.exported, about)
+        gap = largest_gap(scorer, form.network, test, scratch)
         if gap > params.package.parity:
             raise RuntimeError(
                 f"ONNX Runtime and torch differ by {gap:.2e} on a test row; "
                 f"package.parity allows {params.package.parity:.0e}"
             )
+        if choice.name != forms.PLAIN:
+            scorer = forms.scorer(form.packaged, about)
+            about |= of_form(params, choice.name, scorer, test)
+        onnx.save(form.packaged, out / bundle.MODEL)
+        stage.write_json(out / bundle.CONTRACT, about)
         tables.write(
             reference(scorer, model.encoding, params.package.reference_rows), out / bundle.REFERENCE
         )
     size = (bundle.FOLDER / bundle.MODEL).stat().st_size
     verdict = {"parity": float(f"{gap:.0e}"), "rows": test.num_rows, "model_bytes": size}
-    stage.write_json(REPORT / "verdict.json", verdict)
+    stage.write_json(VERDICT, verdict | choice.verdict)
+    if choice.figures:
+        with stage.page(PAGE, VERDICT), stage.whole(PAGE) as partial:
+            partial.write_text(forms.page(choice), encoding="utf-8")
+        stage.say("package", f"{choice.name} is packaged; how the forms compare: {PAGE}")
     digest = stage.digest(bundle.FOLDER)
     stage.say(
         "package",
         f"bundle {digest[:12]}, {size / 1e6:.1f} MB, parity {gap:.0e} on {test.num_rows:,} rows",
     )
+
+
+def chosen(params: Params, model: Fitted, about: dict[str, Any], scratch: Path) -> forms.Choice:
+    """The form that is packaged, and how it compares with the others that package.forms names."""
+    plain = forms.exported(model, to_onnx)
+    if not params.package.forms:
+        return forms.Choice(forms.PLAIN, {forms.PLAIN: plain})
+    val = split(model.encoding, "val")
+    made = forms.make(params, plain, to_onnx, about, val, scratch)
+    return forms.choose(made, about, val, params.package.max_loss_rise)
+
+
+def of_form(params: Params, name: str, scorer: bundle.Scorer, test: pa.Table) -> dict[str, Any]:
+    """What the contract says otherwise where the network is not as it was fitted: evaluate measured
+    that one.
+    """
+    asked = params.package.model_dump(include={"max_loss_rise", name})
+    return {
+        "form": name,
+        "metrics": metrics.point(
+            test["label"].to_numpy(), scorer.predict(test), bundle.task(scorer.contract)
+        ),
+        "params": scorer.contract["params"] | {"package": asked},
+    }
 
 
 def split(encoding: Encoding, name: str) -> pa.Table:

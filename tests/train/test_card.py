@@ -72,6 +72,18 @@ def test_every_part_is_filled_and_it_repeats(judged: Checkout) -> None:
     assert stage.is_page_of(card.PAGE, card.CARD)
 
 
+def test_a_form_is_named_with_figures_of_its_own(judged: Checkout) -> None:
+    card.run(judged.params())
+    assert "as it was fitted" not in card.CARD.read_text()
+    path = judged.folder / bundle.FOLDER / bundle.CONTRACT
+    contract = json.loads(path.read_text())
+    figures = {"auc": 0.6123, "log_loss": 0.4321}
+    stage.write_json(path, contract | {"form": "int8", "metrics": figures})
+    card.run(judged.params())
+    said = "the bundle holds its form int8, which has AUC 0.6123 and log loss 0.4321 there."
+    assert said in card.CARD.read_text()
+
+
 def test_the_page_shows_tables_and_takes_nothing_for_html() -> None:
     shown = card.page("# A <b>\n\n| a | b |\n| --- | --- |\n| J\\|K | <script>x</script> |\n", "t<")
     assert "<td>J|K</td>" in shown

@@ -46,7 +46,7 @@ def test_the_members_of_tabm_share_a_layer_and_differ(inputs: Inputs, features: 
         _head(inputs, options, "tabm", members=count, hidden=[256, 256]) for count in (1, 16)
     )
     codes, numbers = torch.zeros(5, 2, dtype=torch.int32), torch.randn(5, 6)
-    assert many(codes, numbers).shape == (5, 16)
+    assert many(codes, numbers).shape == (5, 16, 1)
     assert len(torch.unique(many(codes, numbers)[0])) == 16
     sizes = [sum(p.numel() for p in head.parameters()) for head in (few, many)]
     assert sizes[1] < 3 * sizes[0]

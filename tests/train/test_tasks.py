@@ -49,7 +49,8 @@ def accepted(checkout: Checkout, made: dict[str, Path]) -> Checkout:
 
 @pytest.mark.parametrize("task", TARGETS)
 def test_the_whole_graph_foretells_another_column(accepted: Checkout, task: str) -> None:
-    accepted.set(dataset={"target": TARGETS[task]})
+    forms = ["int8", "pruned"] if task == "multiclass" else ["int8", "pruned", "distilled"]
+    accepted.set(dataset={"target": TARGETS[task]}, package={"forms": forms})
     params = accepted.params()
     for step in (featurize, fit, evaluate, package, card, score, drift):
         step.run(params)
@@ -72,6 +73,7 @@ def test_the_whole_graph_foretells_another_column(accepted: Checkout, task: str)
         assert figures["auc"] > 0.6
         assert figures["log_loss"] < -(share * np.log(share)).sum()
     assert set(verdict["baseline"]) == set(figures)
+    assert set(stage.read_json(package.VERDICT)["forms"]) == {"plain", *forms}
     text = card.CARD.read_text()
     assert ("early, on time, late" in text) == (task == "multiclass")
 
@@ -88,6 +90,10 @@ def test_the_whole_graph_foretells_another_column(accepted: Checkout, task: str)
     told = found.base + found.contributions.sum()
     assert told == pytest.approx(float(window["prediction"][0].as_py()), abs=1e-3)
 
+    if task == "multiclass":
+        accepted.set(package={"forms": ["distilled"]})
+        with pytest.raises(UserError, match=r"distilled, but dataset\.target\.task is multiclass"):
+            package.run(accepted.params())
     with pytest.raises(UserError, match=f"its task is {task}; what is released is binary"):
         gate.run(params)
     named = served.Named(bundle.FOLDER, stage.digest(bundle.FOLDER))
@@ -131,9 +137,9 @@ def test_calibration_finds_what_moved_the_scores(seed: int, scale: float, shift:
 
 def test_a_class_of_two_learns_as_a_label_does() -> None:
     """The cross-entropy of the difference of two logits is that of one."""
-    logits, labels = torch.randn(50, 2), torch.randint(2, (50,)).float()
+    logits, labels = torch.randn(50, 1, 2), torch.randint(2, (50,)).float()
     two = objectives.Multiclass(2).losses(logits, labels)
-    one = objectives.Binary().losses((logits[:, 1] - logits[:, 0])[:, None], labels)
+    one = objectives.Binary().losses(logits[:, :, 1:] - logits[:, :, :1], labels)
     torch.testing.assert_close(two, one)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines import bundle, metrics, signing, stage
+from pipelines import bundle, metrics, quantize, signing, stage
 from pipelines.deploy.targets import Observation, Release, Shadow, Slot, answered
 from pipelines.errors import UserError
 from pipelines.params import Params
@@ -197,17 +197,24 @@ def target(params: Params) -> Edge:
 
 
 def smaller(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
-    """The network for devices, int8 if that loses little, and what it loses.
+    """The network for devices, int8 if that loses little, and what it loses; one that was packaged
+    as int8 goes as it is.
 
-    Weights are int8, activations are scaled as they come (dynamic quantization): so an answer
-    depends a little on the rows it is asked with.
+    Raises UserError where the bundle is missing.
     """
+    import onnx
     import pyarrow.parquet as pq
 
     scorer = bundle.load(folder)
     reference = pq.read_table(folder / bundle.REFERENCE)
     label = reference[scorer.contract["label"]].to_numpy()
-    small = quantized(folder / bundle.MODEL, out / bundle.MODEL)
+    packaged = onnx.load(folder / bundle.MODEL)
+    made = quantize.quantized(packaged, scorer.contract, reference)
+    if made is packaged:
+        kind = "int8" if quantize.is_int8(packaged) else "float32"
+        return folder / bundle.MODEL, {"type": kind}
+    small = out / bundle.MODEL
+    onnx.save(made, small)
     other = bundle.Scorer(scorer.contract, bundle.open_session(small))
     before = metrics.point(label, scorer.predict(reference))
     after = metrics.point(label, other.predict(reference))
@@ -218,28 +225,6 @@ def smaller(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
     if lost["auc_fall"] > MAX_AUC_FALL or lost["log_loss_rise"] > MAX_LOG_LOSS_RISE:
         return folder / bundle.MODEL, {"type": "float32", "int8": lost}
     return small, {"type": "int8", "int8": lost}
-
-
-def quantized(model: Path, out: Path) -> Path:
-    """Write the network with int8 weights, in the seven bits that no processor overflows."""
-    import logging
-
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    loaded = onnx.load(model)
-    # Merged graphs name a domain twice, which the quantizer does not take.
-    versions = {one.domain: one.version for one in loaded.opset_import}
-    del loaded.opset_import[:]
-    loaded.opset_import.extend(onnx.helper.make_opsetid(*one) for one in versions.items())
-    logging.disable(logging.WARNING)  # its advice is about networks of images
-    try:
-        quantize_dynamic(
-            loaded, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
-        )
-    finally:
-        logging.disable(logging.NOTSET)
-    return out
 
 
 def _sha256(file: Path) -> str:

@@ -9,8 +9,8 @@ from pipelines.params import Fit
 from pipelines.train.models import logistic, mlp, tabm
 from pipelines.train.models.inputs import Inputs, Network, NumberEncoder
 
-# A builder gives a head: codes (rows, categories), encoded numbers (rows, width) -> logits (rows,
-# members * inputs.width).
+# A builder gives a head: codes (rows, categories), encoded numbers (rows, their width) -> logits
+# (rows, members, inputs.width).
 HEADS: dict[str, Callable[[Inputs, Fit], nn.Module]] = {
     "logistic": logistic.build,
     "mlp": mlp.build,

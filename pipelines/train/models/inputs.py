@@ -122,7 +122,7 @@ class Embeddings(nn.ModuleList):
 
 
 class Network(nn.Module):
-    """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members * width).
+    """codes (rows, categories), numbers (rows, numbers) -> logits (rows, members, width).
 
     The head maps codes and encoded numbers to logits. Training encodes every row once and feeds
     the head.

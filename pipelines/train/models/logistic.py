@@ -16,7 +16,7 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Logistic(nn.Module):
-    """Logits of shape (rows, width)."""
+    """Logits of shape (rows, 1, width)."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
@@ -31,4 +31,4 @@ class Logistic(nn.Module):
         logits: torch.Tensor = self.numbers(encoded)
         for at, values in enumerate(self.values):
             logits = logits + values(codes[:, at])
-        return logits
+        return logits[:, None, :]

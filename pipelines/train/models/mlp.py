@@ -17,14 +17,14 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Members(nn.Module):
-    """Logits of shape (rows, members * width)."""
+    """Logits of shape (rows, members, width)."""
 
     def __init__(self, members: nn.ModuleList) -> None:
         super().__init__()
         self.members = members
 
     def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
-        return torch.cat([member(codes, encoded) for member in self.members], dim=1)
+        return torch.stack([member(codes, encoded) for member in self.members], dim=1)
 
 
 class Perceptron(nn.Module):

@@ -22,7 +22,7 @@ def build(inputs: Inputs, fit: Fit) -> nn.Module:
 
 
 class Tabm(nn.Module):
-    """Logits of shape (rows, members * width)."""
+    """Logits of shape (rows, members, width)."""
 
     def __init__(self, inputs: Inputs, fit: Fit) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Tabm(nn.Module):
         self.signs = nn.Parameter(signs)
         self.dropout = nn.Dropout(fit.dropout)
         self.weight = nn.Parameter(_uniform(fit.members, inputs.width, widths[-1], fan=widths[-1]))
-        self.bias = nn.Parameter(_uniform(fit.members * inputs.width, fan=widths[-1]))
+        self.bias = nn.Parameter(_uniform(fit.members, inputs.width, fan=widths[-1]))
 
     def forward(self, codes: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         hidden = self.embeddings(codes, encoded)[:, None, :] * self.signs
         for layer in self.layers:
             hidden = self.dropout(F.relu(layer(hidden)))
-        logits: torch.Tensor = (hidden[:, :, None, :] * self.weight).sum(dim=3).flatten(1)
-        return logits + self.bias
+        logits: torch.Tensor = (hidden[:, :, None, :] * self.weight).sum(dim=3) + self.bias
+        return logits
 
 
 class Shared(nn.Module):

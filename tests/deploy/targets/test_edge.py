@@ -497,7 +497,12 @@ def test_a_note_cut_by_a_full_disk_spoils_no_other(
     assert [len(note["predictions"]) for note in found] == [len(ROWS)] * 2
 
 
-def test_what_is_no_probability_is_not_answered_but_noted(device: Path, channel: Edge) -> None:
+def test_what_is_no_probability_is_not_answered_but_noted(
+    device: Path, channel: Edge, releases: list[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "MAX_AUC_FALL", -1.0)  # what goes into an int8 layer has its bounds
+    channel.start("champion", releases[1])
+    RUN.update(device, str(channel.folder))
     over = json.dumps(MISSING | {"delay": 3e38, "temp": -3e38})
     refused(told(device, "score", given=over), "the model gave no probability")
     (channel.folder / "answered").mkdir()
@@ -631,6 +636,16 @@ def test_int8_goes_to_devices_only_if_it_loses_little(
     model, about = edge.smaller(releases[0].folder, tmp_path)
     assert about["type"] == "float32"
     assert model == releases[0].folder / bundle.MODEL
+
+
+def test_what_was_packaged_as_int8_goes_to_devices_as_it_is(
+    releases: list[Release], tmp_path: Path
+) -> None:
+    model, _ = edge.smaller(releases[0].folder, tmp_path)
+    shutil.copy(model, releases[0].folder / bundle.MODEL)
+    model, about = edge.smaller(releases[0].folder, tmp_path)
+    assert model == releases[0].folder / bundle.MODEL
+    assert about == {"type": "int8"}
 
 
 def test_nothing_mirrors_what_a_device_answers(channel: Edge) -> None:
