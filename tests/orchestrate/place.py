@@ -33,7 +33,7 @@ QUICK: dict[str, Any] = {
     },
     "gate": {"max_log_loss_rise": 9.0, "max_ap_fall": 1.0, "max_slice_log_loss_rise": 9.0,
              "max_row_ms": 1e4, "max_thousand_rows_ms": 1e4},
-    "drift": {"max_auc_fall": 1.0, "max_log_loss_rise": 9.0, "max_label_shift": 1.0,
+    "drift": {"max_auc_fall": 1.0, "max_loss_rise": 9.0, "max_label_shift": 1.0,
               "max_prediction_drift": 99.0},
     "orchestrate": {"default": {"retry_delay_seconds": 1}},
 }  # fmt: skip
