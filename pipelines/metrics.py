@@ -157,8 +157,8 @@ class Task:
     """How the predictions of a kind of label are measured.
 
     loss: the figure that training makes small. told: the one that is told beside it. better: the
-    figures that must be no worse than a baseline's, with 1 where more is better and -1 where less
-    is.
+    figures that must be no worse than a baseline's, the main one first, with 1 where more is better
+    and -1 where less is.
     """
 
     name: str
@@ -167,6 +167,11 @@ class Task:
     loss: str
     told: str
     better: Mapping[str, int]
+
+    @property
+    def main(self) -> str:
+        """The figure by which a model is spoken of."""
+        return next(iter(self.better))
 
 
 _TASKS = (

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines import bundle
+from pipelines import bundle, tables
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -44,8 +43,7 @@ def quantized(model: "ModelProto", contract: Mapping[str, Any], rows: pa.Table) 
     versions = {one.domain: one.version for one in model.opset_import}
     del copy.opset_import[:]
     copy.opset_import.extend(onnx.helper.make_opsetid(*one) for one in versions.items())
-    every = np.linspace(0, rows.num_rows - 1, min(ROWS, rows.num_rows)).astype(int)
-    sample = bundle.feed(contract, rows.take(pa.array(every)))
+    sample = bundle.feed(contract, rows.take(pa.array(tables.spaced(rows.num_rows, ROWS))))
     with tempfile.TemporaryDirectory() as made, _silent():
         quantize_static(
             copy,

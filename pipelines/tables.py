@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,6 +28,11 @@ def encode(table: pa.Table, where: Path | BinaryIO) -> None:
     fields = [field.with_nullable(True).remove_metadata() for field in table.schema]
     plain = pa.Table.from_arrays(table.combine_chunks().columns, schema=pa.schema(fields))
     pq.write_table(plain, where, compression="zstd")
+
+
+def spaced(rows: int, most: int) -> npt.NDArray[np.int64]:
+    """The places of up to `most` of so many rows, evenly spaced from the first to the last."""
+    return np.linspace(0, rows - 1, min(most, rows)).astype(np.int64)
 
 
 def write_month(rows: pa.Table, key: Sequence[str], path: Path) -> None:

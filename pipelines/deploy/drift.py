@@ -99,13 +99,13 @@ def measure(report: "Snapshot", reference: pa.Table, window: pa.Table, task: str
     thresholds = {move["config"]["column"]: move["config"]["threshold"] for move in moves}
     measured: dict[str, Any] = {"rows": {}, "auc": {}, "loss": {}, "label_rate": {}}
     known = reference["label"].to_numpy()
+    middle, spread = np.median(known), known.var()
     for name, table in (("reference", reference), ("window", window)):
         label, prediction = table["label"].to_numpy(), bundle.answers(table)
-        event, loss = metrics.outcome(label, prediction), 0.0
         if task == "regression":
-            event = label > np.median(known)
-            loss = float(np.mean((label - prediction) ** 2) / known.var())
+            event, loss = label > middle, float(np.mean((label - prediction) ** 2) / spread)
         else:
+            event = metrics.outcome(label, prediction)
             loss = metrics.point(label, prediction, task)["log_loss"]
         measured["rows"][name] = table.num_rows
         measured["label_rate"][name] = round(float(event.mean()), 4)

@@ -10,7 +10,7 @@ limits are the contract's, every figure is a verdict's, and what moves the model
 on rows of the bundle's reference (pipelines/explain.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipelines import bundle, explain, metrics, stage, tables
 from pipelines import params as parameters
 from pipelines.params import Contract, Params
+from pipelines.train.markdown import table
 
 CARD = Path("reports/model_card.md")
 PAGE = Path("reports/model_card.html")
@@ -124,7 +125,7 @@ def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
         *_section("Figures"),
         f"On the test rows, with 95 % intervals.{_form(made)}",
         "",
-        *_table(["", "model", "gradient boosting"], lines),
+        *table(["", "model", "gradient boosting"], lines),
         *_section("Calibration by month"),
         *_cuts("month", verdict["months"], verdict["task"]),
     ]
@@ -137,7 +138,7 @@ def _form(made: Mapping[str, Any]) -> str:
     task = metrics.TASKS[bundle.task(made)]
     told = " and ".join(
         f"{metrics.title(name)} {made['metrics'][name]:.4f}"
-        for name in dict.fromkeys([next(iter(task.better)), task.loss])
+        for name in dict.fromkeys([task.main, task.loss])
     )
     return (
         f" They are of the network as it was fitted; the bundle holds its form {made['form']}, "
@@ -146,13 +147,12 @@ def _form(made: Mapping[str, Any]) -> str:
 
 
 def _cuts(by: str, values: Verdicts, task: str) -> list[str]:
-    main = next(iter(metrics.TASKS[task].better))
-    figures = ("mean_prediction", "mean_label", "calibration_error", main)
+    figures = ("mean_prediction", "mean_label", "calibration_error", metrics.TASKS[task].main)
     lines = [
         [name, f"{held['rows']:,}", *(f"{held[figure]:.4f}" for figure in figures)]
         for name, held in values.items()
     ]
-    return _table([by, "rows", *map(metrics.title, figures)], lines)
+    return table([by, "rows", *map(metrics.title, figures)], lines)
 
 
 def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
         f"{threshold} on; caught: of those that were; false alarms: of those that were not."
     )
     yield ""
-    yield from _table(header, lines)
+    yield from table(header, lines)
     for column, values in verdict["slices"].items():
         yield from _section(f"By {column}")
         yield from _cuts(column, values, verdict["task"])
@@ -190,15 +190,14 @@ def _behaviour(verdict: Verdicts) -> list[str]:
     ]
     return [
         *_section("Behaviour"),
-        *_table(["change", "mean before", "after", "holds"], lines),
+        *table(["change", "mean before", "after", "holds"], lines),
     ]
 
 
 def _moving(scorer: bundle.Scorer) -> list[str]:
     """The columns that move predictions most: the mean size of what they add."""
     reference = tables.read_file(bundle.FOLDER / bundle.REFERENCE)
-    every = np.linspace(0, reference.num_rows - 1, min(ROWS, reference.num_rows)).astype(int)
-    rows: pa.Table = reference.take(pa.array(every))
+    rows: pa.Table = reference.take(pa.array(tables.spaced(reference.num_rows, ROWS)))
     sizes = np.mean(
         [
             np.abs(explain.explain(scorer, rows.slice(at, 1), reference, ORDERS).contributions)
@@ -213,7 +212,7 @@ def _moving(scorer: bundle.Scorer) -> list[str]:
         f"The mean size of what a column adds to the prediction, on {rows.num_rows} rows of the "
         "reference. Of one row: `python -m pipelines.explain`.",
         "",
-        *_table(["column", "adds"], [[names[at], f"{sizes[at]:.3f}"] for at in first]),
+        *table(["column", "adds"], [[names[at], f"{sizes[at]:.3f}"] for at in first]),
     ]
 
 
@@ -224,18 +223,11 @@ def _made(made: Mapping[str, Any], verdict: Verdicts) -> list[str]:
         ["model.onnx", f"{verdict['model_bytes']:,} bytes"],
         ["ONNX Runtime and torch differ by at most", f"{verdict['parity']:.0e}"],
     ]
-    return [*_section("How it was made"), *_table(["", ""], lines)]
+    return [*_section("How it was made"), *table(["", ""], lines)]
 
 
 def _section(title: str) -> list[str]:
     return ["", f"## {title}", ""]
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-    return [line(header), line(["---"] * len(header)), *map(line, lines)]
 
 
 if __name__ == "__main__":

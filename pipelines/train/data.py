@@ -133,8 +133,8 @@ def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATU
         outs["codes"][at] = encoding.codes(rows)
         outs["numbers"][at] = encoding.floats(rows)
         outs["labels"][at] = rows["label"].to_numpy()
+        _check(outs["labels"][at], encoding.target)
         start += rows.num_rows
-    _check(outs["labels"], encoding.target)
     for out in outs.values():
         out.flush()
     return Rows(folder)

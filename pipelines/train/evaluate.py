@@ -87,10 +87,11 @@ def run(params: Params) -> None:
     with stage.page(PAGE, VERDICT):
         draw(outcome, PAGE)
         stage.write_json(VERDICT, outcome)
-    main = next(iter(task.better))
-    ours, reference = (outcome[who][main]["value"] for who in ("metrics", "baseline"))
+    ours, reference = (outcome[who][task.main]["value"] for who in ("metrics", "baseline"))
     verdict = "passed" if outcome["passed"] else "; ".join(outcome["reasons"])
-    stage.say("evaluate", f"{metrics.title(main)} {ours:.4f}, boosting {reference:.4f}: {verdict}")
+    stage.say(
+        "evaluate", f"{metrics.title(task.main)} {ours:.4f}, boosting {reference:.4f}: {verdict}"
+    )
 
 
 def stop_on_late_knowledge() -> None:
@@ -357,7 +358,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     middle.invert_yaxis()
     middle.legend()
 
-    main = next(iter(metrics.TASKS[outcome["task"]].better))
+    main = metrics.TASKS[outcome["task"]].main
     bars = [
         (f"{value}", cut[main])
         for part in outcome["slices"].values()

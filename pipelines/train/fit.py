@@ -102,7 +102,7 @@ def train_network(
     network = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
     steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
     task = metrics.TASKS[encoding.target.task]
-    objective = objectives.of(encoding.target, train.labels)
+    objective = objectives.of(encoding.target, train.arrays[2])
     module = TaskModule(network.head, task, objective, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train), task.told)

@@ -19,7 +19,9 @@ import pyarrow as pa
 from pipelines import bundle, metrics, quantize
 from pipelines.params import Params
 from pipelines.train import data
+from pipelines.train.data import Rows
 from pipelines.train.fitted import Fitted
+from pipelines.train.markdown import table
 
 PLAIN = "plain"
 ASKED = (1, 1000)  # rows of an answer that is timed, so often
@@ -75,18 +77,22 @@ def make(
     val: the raw columns of the validation rows. Raises UserError for a form that fit.model cannot
     take.
     """
-    made = {PLAIN: plain}
-    for name in params.package.forms:
-        if name == "int8":
-            small = quantize.quantized(plain.exported, contract, val)
-            made[name] = Form(plain.network, plain.exported, small)
-        else:
-            network = _trained(name, plain.network, params, scratch / name)
+    asked, made = params.package.forms, {PLAIN: plain}
+    if "int8" in asked:
+        small = quantize.quantized(plain.exported, contract, val)
+        made["int8"] = Form(plain.network, plain.exported, small)
+    if trained := [name for name in asked if name != "int8"]:
+        encoding = plain.network.encoding
+        train, held = (data.materialise(encoding, one, scratch) for one in ("train", "val"))
+        for name in trained:
+            network = _trained(name, plain.network, params, train, held, scratch / name)
             made[name] = exported(network, export)
-    return made
+    return {name: made[name] for name in (PLAIN, *asked)}
 
 
-def _trained(name: str, model: Fitted, params: Params, scratch: Path) -> Fitted:
+def _trained(
+    name: str, model: Fitted, params: Params, train: Rows, val: Rows, scratch: Path
+) -> Fitted:
     """The pruned or the distilled network, calibrated on the validation rows."""
     # Here, since Lightning takes seconds to import.
     from pipelines.train import distillation, pruning
@@ -96,7 +102,6 @@ def _trained(name: str, model: Fitted, params: Params, scratch: Path) -> Fitted:
     alone = params.fit.trainer.model_copy(update={"devices": 1, "nodes": 1})
     fit = params.fit.model_copy(update={"trainer": alone})
     repeatable(fit)
-    train, val = (data.materialise(model.encoding, one, scratch) for one in ("train", "val"))
     begin = None
     if name == "pruned":
         asked = params.package.pruned
@@ -169,12 +174,12 @@ def page(choice: Choice) -> str:
     names = [name for name in choice.figures[PLAIN] if name not in ("bytes", "within")]
     head = ["form", "bytes", *(f"ms, {rows:,} rows" for rows in ASKED)]
     head += [*map(metrics.title, names), "within", "packaged"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for form, held in choice.figures.items():
         cells = [form, f"{held['bytes']:,}"]
         cells += [f"{spent:.2f}" for spent in choice.milliseconds[form]]
         cells += [f"{held[name]:.4f}" for name in names]
         yes = "yes" if held["within"] else "no"
         lines.append([*cells, yes, "yes" if form == choice.name else ""])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"On the validation rows; times on one thread of this machine.\n\n{table}\n"
+    said = "On the validation rows; times on one thread of this machine."
+    return "\n".join([said, "", *table(head, lines), ""])

@@ -166,9 +166,8 @@ def of(target: Target, train: npt.ArrayLike = ()) -> Objective:
         return Binary()
     if target.task == "multiclass":
         return Multiclass(len(target.classes))
-    labels = np.asarray(train, np.float64)
-    return (
-        Regression(float(labels.mean()), float(labels.std()) or 1.0)
-        if labels.size
-        else Regression()
-    )
+    labels = np.asarray(train)
+    if not labels.size:
+        return Regression()
+    average, spread = labels.mean(dtype=np.float64), labels.std(dtype=np.float64)
+    return Regression(float(average), float(spread) or 1.0)

@@ -9,9 +9,9 @@ et al., "Importance Estimation for Neural Network Pruning", 2019, with a gate at
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from pipelines import tables
 from pipelines.errors import UserError
 from pipelines.params import Fit
 from pipelines.train import models, objectives
@@ -80,7 +80,7 @@ def pruned(
     kept = [max(1, round(width * (1 - share))) for width in fit.hidden]
     units = UNITS[fit.model](fit)
     state = network.head.state_dict()
-    objective = objectives.of(encoding.target, train.labels)
+    objective = objectives.of(encoding.target, train.arrays[2])
     for one, worth in zip(units, worths(network, objective, units, train), strict=True):
         best = torch.argsort(worth, descending=True, stable=True)[: kept[one.depth]]
         for name, axis in one.held:
@@ -103,7 +103,7 @@ def worths(
 ) -> list[torch.Tensor]:
     """What each of the units is worth, shape (units,), by SAMPLE of the train rows."""
     network.eval()
-    every = np.linspace(0, len(train) - 1, min(SAMPLE, len(train))).astype(np.int64)
+    every = tables.spaced(len(train), SAMPLE)
     outputs: dict[str, torch.Tensor] = {}
     hooks = [
         network.head.get_submodule(one.layer).register_forward_hook(
