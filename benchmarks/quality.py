@@ -218,7 +218,7 @@ def paired(label: npt.NDArray[np.int64], one: Floats, other: Floats) -> str:
     )
 
 
-def _ours_space(trial: Any) -> dict[str, Any]:
+def _network_space(trial: Any) -> dict[str, Any]:
     return {
         "model": trial.suggest_categorical("model", ["mlp", "tabm"]),
         "learning_rate": trial.suggest_float("learning_rate", 2e-3, 2e-2, log=True),
@@ -230,11 +230,33 @@ def _ours_space(trial: Any) -> dict[str, Any]:
     }
 
 
+def _blend_space(trial: Any) -> dict[str, Any]:
+    return {
+        "model": "blend",
+        "learning_rate": trial.suggest_float("learning_rate", 2e-3, 2e-2, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
+        "dropout": trial.suggest_float("dropout", 0.1, 0.5),
+        "hidden": [trial.suggest_categorical("hidden", [128, 256, 384]), 128],
+        "max_epochs": trial.suggest_int("max_epochs", 3, 8),
+        "boosting": {
+            "rounds": 1500,
+            "patience": STOP,
+            "learning_rate": trial.suggest_float("shrinkage", 0.03, 0.2, log=True),
+            "leaves": trial.suggest_int("leaves", 12, 48, log=True),
+            "leaf_rows": trial.suggest_int("leaf_rows", 20, 500, log=True),
+            "features": trial.suggest_float("features", 0.2, 1.0),
+            "l2": trial.suggest_float("l2", 1e-2, 30.0, log=True),
+        },
+    }
+
+
 def _ours(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
-    options = held.options.model_copy(update=dict(values) | {"seed": seed})
+    shipped = held.options.model_dump()
+    boosting = shipped["boosting"] | values.get("boosting", {})
+    options = Fit.model_validate(shipped | values | {"boosting": boosting, "seed": seed})
     with tempfile.TemporaryDirectory() as saved, redirect_stdout(io.StringIO()):
-        model, _ = fit.train_network(held.encoding, held.train, held.val, options, Path(saved))
-    return model.predict
+        trained = fit.train_model(held.encoding, held.train, held.val, options, Path(saved))
+    return trained.model.predict
 
 
 def _lightgbm_space(trial: Any) -> dict[str, Any]:
@@ -328,7 +350,8 @@ def _catboost(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
 
 
 CONTENDERS: dict[str, tuple[Callable[[Any], dict[str, Any]], Trainer]] = {
-    "headrace": (_ours_space, _ours),
+    "headrace": (_blend_space, _ours),
+    "network": (_network_space, _ours),
     "lightgbm": (_lightgbm_space, _lightgbm),
     "xgboost": (_xgboost_space, _xgboost),
     "catboost": (_catboost_space, _catboost),

@@ -78,7 +78,7 @@ def ours(encoding: Encoding, train: Rows, val: Rows, options: Fit, epochs: int) 
     options = options.model_copy(update={"max_epochs": epochs})
     with tempfile.TemporaryDirectory() as saved, redirect_stdout(io.StringIO()):
         begun = time.perf_counter()
-        fit.train_network(encoding, train, val, options, Path(saved))
+        fit.train_model(encoding, train, val, options, Path(saved))
     return time.perf_counter() - begun
 
 

@@ -214,6 +214,21 @@ class Checkpoint(_Block):
     steps: Positive | None
 
 
+class Boosting(_Block):
+    """How trees are grown. features: the share of them among which each node chooses. rows: of more
+    train rows, so many are seen, evenly spaced.
+    """
+
+    rounds: Positive
+    patience: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    leaves: Annotated[int, Field(ge=2)]
+    leaf_rows: Positive
+    l2: Annotated[float, Field(ge=0)]
+    features: Annotated[float, Field(gt=0, le=1)]
+    rows: Positive
+
+
 class Fit(_Block):
     model: str
     # What NumPy takes.
@@ -226,8 +241,21 @@ class Fit(_Block):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     hidden: list[Positive]
     members: Positive
+    boosting: Boosting
     checkpoint: Checkpoint
     trainer: Trainer
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its key; those of boosting are boosting.<key>."""
+        values = self.model_dump()
+        inner = values.pop("boosting")
+        return values | {f"boosting.{key}": value for key, value in inner.items()}
+
+    def changed(self, values: Mapping[str, Any]) -> "Fit":
+        """With other values for some keys, named as in `flat`."""
+        every = self.flat() | dict(values)
+        inner = {key: every.pop(f"boosting.{key}") for key in Boosting.model_fields}
+        return Fit.model_validate(every | {"boosting": inner})
 
 
 class Range(_Block):
@@ -289,7 +317,8 @@ class Space(_Block):
 # of its own.
 TUNABLE = (
     "batch_size", "max_epochs", "patience", "learning_rate", "weight_decay", "dropout", "hidden",
-    "members",
+    "members", "boosting.learning_rate", "boosting.leaves", "boosting.leaf_rows", "boosting.l2",
+    "boosting.features",
 )  # fmt: skip
 
 
@@ -606,12 +635,12 @@ class Params(_Block):
 
     @model_validator(mode="after")
     def _space_of_fit(self) -> "Params":
-        space, held = self.tune.space, self.fit.model_dump()
+        space = self.tune.space
         tried = [(key, end) for key, one in space.ranges.items() for end in (one.low, one.high)]
         tried += [(key, choice) for key, choices in space.choices.items() for choice in choices]
         for key, value in tried:
             try:
-                Fit.model_validate(held | {key: value})
+                self.fit.changed({key: value})
             except ValidationError as error:
                 said = error.errors(include_url=False)[0]["msg"]
                 raise ValueError(f"tune.space: {key} {value!r} is none for fit: {said}") from None

@@ -30,12 +30,13 @@ def quantized(model: "ModelProto", contract: Mapping[str, Any], rows: pa.Table) 
     """The network with int8 layers, calibrated on up to ROWS of the `rows`, which have the
     contract's columns.
 
-    A network without layers, or one that is int8 already, comes back as it is.
+    A network without layers, or one that is int8 already, comes back as it is; so do trees.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
 
-    if is_int8(model) or not any(node.op_type in LAYERS for node in model.graph.node):
+    layers = _layers(model)
+    if is_int8(model) or not layers:
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -50,6 +51,7 @@ def quantized(model: "ModelProto", contract: Mapping[str, Any], rows: pa.Table) 
             Path(made) / bundle.MODEL,
             _Once(sample),
             op_types_to_quantize=LAYERS,
+            nodes_to_quantize=layers,
             per_channel=True,
             # Seven bits: AVX2 adds products of pairs in 16, which eight may overflow.
             reduce_range=True,
@@ -62,6 +64,18 @@ def quantized(model: "ModelProto", contract: Mapping[str, Any], rows: pa.Table) 
     del small.metadata_props[:], small.graph.value_info[:]
     onnx.checker.check_model(small)
     return small
+
+
+def _layers(model: "ModelProto") -> list[str]:
+    """The nodes that multiply what comes in by weights. Trees multiply theirs by what comes in, to
+    count: they must stay exact.
+    """
+    weights = {one.name for one in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in LAYERS and node.input[1] in weights
+    ]
 
 
 def is_int8(model: "ModelProto") -> bool:

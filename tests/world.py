@@ -72,7 +72,7 @@ def checked_out(folder: Path, source: Path) -> Checkout:
         tracking=tracking,
         as_of="2013-06-01",
         fetch={"source": str(made.source)},
-        fit={"max_epochs": 2, "hidden": [32]},
+        fit={"max_epochs": 2, "hidden": [32], "boosting": {"rounds": 20}},
     )
     return made
 

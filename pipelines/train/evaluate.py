@@ -145,7 +145,7 @@ def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def canary_auc(params: Params, scratch: Path) -> float:
     """Test AUC of the same model on the canary groups alone, trained for evaluate.canary_epochs."""
-    from pipelines.train.fit import train_network
+    from pipelines.train.fit import train_model
 
     groups = [params.dataset.features.root[name] for name in params.dataset.canary]
     encoding = data.learn(
@@ -161,7 +161,7 @@ def canary_auc(params: Params, scratch: Path) -> float:
     short = params.fit.model_copy(
         update={"max_epochs": params.evaluate.canary_epochs, "trainer": alone}
     )
-    model, _ = train_network(encoding, rows["train"], rows["val"], short, scratch)
+    model = train_model(encoding, rows["train"], rows["val"], short, scratch).model
     found = metrics.watched(model.predict(rows["test"]))
     return metrics.point(happened(rows["test"], encoding), _ranks(found))["auc"]
 

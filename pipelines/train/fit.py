@@ -1,15 +1,16 @@
 """fit: the model learns from the train rows.
 
 in:   data/features/
-out:  models/fit/: weights.safetensors, fit.json (what rebuilds the network), curves.json (figures
-      per epoch)
+out:  models/fit/: weights.safetensors, fit.json (what rebuilds the model), curves.json (figures
+      per epoch of a network, and of all once there are trees)
 log:  MLflow, with params, curves, data hash and git commit
 run:  dvc repro fit
 
-Lightning trains fit.model until the validation loss has not fallen for fit.patience epochs. The
-best epoch's weights are kept, and calibrated on the validation rows. Same data, params and threads
-give the same bytes, also where it was killed and goes on (pipelines/train/checkpoints.py). SIGTERM
-saves, and is a fault: a scheduler tries again.
+Lightning trains the network of fit.model until the validation loss has not fallen for fit.patience
+epochs. The best epoch's weights are kept. Trees are grown after it, by the first process. What is
+there then is calibrated on the validation rows. Same data, params and threads give the same bytes,
+also where it was killed and goes on (pipelines/train/checkpoints.py). SIGTERM saves, and is a
+fault: a scheduler tries again.
 """
 
 import math
@@ -17,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ from pipelines.train import checkpoints, data, fitted, models, objectives
 from pipelines.train.checkpoints import Checkpoints, Plain
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.fitted import Fitted
+from pipelines.train.models import Model
 from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.module import FeatureData, TaskModule
+from pipelines.train.objectives import Objective
 
-Epoch = dict[str, float]
+Figures = dict[str, float]
 
 
 def run(params: Params) -> None:
@@ -50,18 +54,16 @@ def run(params: Params) -> None:
         )
         saved = checkpoints.sweep(_key(params))
         if stage.RANK:
-            train_network(encoding, train, val, params.fit, saved)
+            train_model(encoding, train, val, params.fit, saved)
             return
         with stage.fresh(fitted.FOLDER) as out, tracking.run(params, "fit") as logger:
-            model, epochs = train_network(encoding, train, val, params.fit, saved, logger)
-            fitted.save(model, params.fit, out)
-            stage.write_json(out / fitted.CURVES, epochs)
+            trained = train_model(encoding, train, val, params.fit, saved, logger)
+            fitted.save(trained.model, params.fit, out)
+            stage.write_json(out / fitted.CURVES, trained.curves)
             tracking.tag(
                 logger, {"fit": stage.digest(out), "features": stage.digest(data.FEATURES)}
             )
     shutil.rmtree(saved, ignore_errors=True)
-    best = min(epochs, key=lambda epoch: epoch["val_loss"])
-    stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {best['val_loss']:.4f}")
 
 
 def _key(params: Params) -> str:
@@ -74,15 +76,29 @@ def _key(params: Params) -> str:
     return stage.digest_of(made_of)[:32]
 
 
+LIBRARIES = ("torch", "pytorch-lightning", "numpy", "scikit-learn")
+
+
 def code() -> dict[str, str]:
     """What trains, each file by its digest and each library by its version."""
     here, package = Path(__file__).parent, Path(metrics.__file__).parent
     files = [*here.rglob("*.py"), Path(metrics.__file__)]
     made_of = {str(path.relative_to(package)): stage.sha256(path) for path in sorted(files)}
-    return made_of | {name: version(name) for name in ("torch", "pytorch-lightning", "numpy")}
+    return made_of | {name: version(name) for name in LIBRARIES}
 
 
-def train_network(
+@dataclass(frozen=True)
+class Trained:
+    """curves: figures of every epoch of the network, and then of all with its trees. loss: of the
+    validation rows, before calibration, of what was kept.
+    """
+
+    model: Fitted
+    curves: list[Figures]
+    loss: float
+
+
+def train_model(
     encoding: Encoding,
     train: Rows,
     val: Rows,
@@ -90,19 +106,51 @@ def train_network(
     folder: Path,
     logger: Any = False,
     watching: Sequence[pl.Callback] = (),
-    begin: Network | None = None,
-) -> tuple[Fitted, list[Epoch]]:
-    """Train a new network, or `begin` where one is given, which `fit` describes; keep the best
-    epoch, calibrate. Returns the model and the figures of every epoch.
+    begin: Model | None = None,
+) -> Trained:
+    """Train a new model, or `begin` where one is given, which `fit` describes, whose trees stay;
+    calibrate.
 
     Goes on from the newest checkpoint in `folder`. Raises TransientError where it was told to end,
     and what one who is `watching` raises.
     """
     repeatable(fit)
-    network = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
-    steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
-    task = metrics.TASKS[encoding.target.task]
+    model = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
     objective = objectives.of(encoding.target, train.arrays[2])
+    task = metrics.TASKS[encoding.target.task]
+    network, trees = models.parts(model)
+    curves, loss = list[Figures](), math.inf
+    if network is not None:
+        curves = _descend(network, task, objective, (train, val), fit, folder, logger, watching)
+        best = min(curves, key=lambda epoch: epoch["val_loss"])
+        loss = best["val_loss"]
+        stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {loss:.4f}")
+    if trees is not None and not stage.RANK:
+        if not len(trees):
+            stage.say("fit", f"boosting on {len(train):,} rows")
+            trees.grow(train, val, objective, fit)
+        figures = fitted.judged(model, task, objective, val)
+        loss = figures["val_loss"]
+        curves.append({"trees": len(trees)} | figures)
+        if logger:
+            logger.log_metrics(figures)
+        stage.say("fit", f"with {len(trees)} trees the validation loss is {loss:.4f}")
+    return Trained(Fitted(fitted.calibrate(model, objective, val), encoding), curves, loss)
+
+
+def _descend(
+    network: Network,
+    task: metrics.Task,
+    objective: Objective,
+    rows: tuple[Rows, Rows],
+    fit: Fit,
+    folder: Path,
+    logger: Any,
+    watching: Sequence[pl.Callback],
+) -> list[Figures]:
+    """Train the network on the first rows, and keep the epoch that is best on the second."""
+    train, val = rows
+    steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
     module = TaskModule(network.head, task, objective, fit, steps)
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train), task.told)
@@ -131,7 +179,8 @@ def train_network(
     except SystemExit as error:  # Lightning makes that of Ctrl-C
         raise KeyboardInterrupt from error
     network.head.load_state_dict(best.weights)
-    return Fitted(fitted.calibrate(network.cpu(), objective, val), encoding), progress.epochs
+    network.cpu()
+    return progress.epochs
 
 
 def repeatable(fit: Fit) -> None:
@@ -176,7 +225,7 @@ class _Progress(pl.Callback):
     """One line per epoch, and its figures."""
 
     def __init__(self, rows: int, told: str) -> None:
-        self.rows, self.told, self.epochs = rows, told, list[Epoch]()
+        self.rows, self.told, self.epochs = rows, told, list[Figures]()
         self.begun, self.steps = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines import stage
+from pipelines import metrics, stage
 from pipelines.params import Fit, Target
 from pipelines.train import models, objectives
 from pipelines.train.data import Encoding, Rows
-from pipelines.train.models.inputs import Inputs, Network
+from pipelines.train.models import Model
+from pipelines.train.models.inputs import Inputs
 from pipelines.train.objectives import Objective
 
 FOLDER = Path("models/fit")
@@ -24,16 +25,16 @@ WEIGHTS, DESCRIPTION, CURVES = "weights.safetensors", "fit.json", "curves.json"
 
 
 class Calibrated(nn.Module):
-    """A network whose score is scaled and shifted as its objective has it: what a bundle computes,
+    """A model whose score is scaled and shifted as its objective has it: what a bundle computes,
     a prediction as in pipelines/metrics.py.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, network: Network, objective: Objective) -> None:
+    def __init__(self, model: Model, objective: Objective) -> None:
         super().__init__()
-        self.network, self.objective = network, objective
+        self.model, self.objective = model, objective
         shape = () if objective.width == 1 else (objective.width,)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("shift", torch.zeros(shape))
@@ -43,7 +44,7 @@ class Calibrated(nn.Module):
 
     def score(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Before calibration."""
-        return self.objective.score(self.objective.mean(self.network(codes, numbers)))
+        return self.objective.score(self.objective.mean(self.model(codes, numbers)))
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,21 @@ class Fitted:
 
 
 @torch.inference_mode()
-def calibrate(network: Network, objective: Objective, rows: Rows) -> Calibrated:
+def judged(model: Model, task: metrics.Task, objective: Objective, rows: Rows) -> dict[str, float]:
+    """The figures of `rows` that are told of every epoch, before calibration."""
+    model.eval()
+    said = [objective.mean(model(codes, numbers)) for codes, numbers, _ in rows.batches()]
+    known = objective.known(torch.from_numpy(rows.labels)).numpy()
+    found = metrics.point(known, torch.cat(said).numpy(), task.name)
+    return {
+        f"val_{name}": found[figure] for name, figure in (("loss", task.loss), (task.told,) * 2)
+    }
+
+
+@torch.inference_mode()
+def calibrate(model: Model, objective: Objective, rows: Rows) -> Calibrated:
     """Fit scale and shift of the score on `rows`."""
-    calibrated = Calibrated(network.eval(), objective)
+    calibrated = Calibrated(model.eval(), objective)
     scores = [calibrated.score(codes, numbers) for codes, numbers, _ in rows.batches()]
     scale, shift = objective.calibrate(torch.cat(scores).double().numpy(), rows.labels)
     calibrated.scale.fill_(scale)

@@ -96,7 +96,7 @@ def _trained(
     """The pruned or the distilled network, calibrated on the validation rows."""
     # Here, since Lightning takes seconds to import.
     from pipelines.train import distillation, pruning
-    from pipelines.train.fit import repeatable, train_network
+    from pipelines.train.fit import repeatable, train_model
 
     # Package is one process, whatever fit was.
     alone = params.fit.trainer.model_copy(update={"devices": 1, "nodes": 1})
@@ -105,12 +105,12 @@ def _trained(
     begin = None
     if name == "pruned":
         asked = params.package.pruned
-        begin, fit = pruning.pruned(model.network.network, model.encoding, fit, train, asked.share)
+        begin, fit = pruning.pruned(model.network.model, model.encoding, fit, train, asked.share)
         fit = pruning.shorter(fit, asked.epochs)
     else:
         train = distillation.taught(model, train, scratch / "taught")
         fit = distillation.student(fit, params.package.distilled)
-    trained, _ = train_network(model.encoding, train, val, fit, scratch, begin=begin)
+    trained = train_model(model.encoding, train, val, fit, scratch, begin=begin).model
     trained.network.eval()
     return trained
 

@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.params import Fit
 from pipelines.train import models, objectives
 from pipelines.train.data import BATCH, Encoding, Rows
+from pipelines.train.models import Model
 from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.objectives import Objective
 
@@ -61,34 +62,36 @@ def _tabm(fit: Fit) -> list[Units]:
     return found
 
 
-UNITS: dict[str, Callable[[Fit], list[Units]]] = {"mlp": _mlp, "tabm": _tabm}
+UNITS: dict[str, Callable[[Fit], list[Units]]] = {"mlp": _mlp, "tabm": _tabm, "blend": _mlp}
 
 
 def pruned(
-    network: Network, encoding: Encoding, fit: Fit, train: Rows, share: float
-) -> tuple[Network, Fit]:
-    """A network without `share` of the units of every hidden layer, rounded, one left at least; and
+    model: Model, encoding: Encoding, fit: Fit, train: Rows, share: float
+) -> tuple[Model, Fit]:
+    """A model without `share` of the units of every hidden layer, rounded, one left at least; and
     the `fit` that builds one of that shape.
 
     Raises UserError where there are no hidden units.
     """
-    if fit.model not in UNITS or not fit.hidden:
+    network, _ = models.parts(model)
+    if network is None or fit.model not in UNITS or not fit.hidden:
         raise UserError(
             f"package.forms: pruned, but {fit.model} with fit.hidden {fit.hidden} has no unit to "
             f"prune; expected one of {', '.join(UNITS)}, with hidden units"
         )
     kept = [max(1, round(width * (1 - share))) for width in fit.hidden]
     units = UNITS[fit.model](fit)
-    state = network.head.state_dict()
+    state = model.state_dict()
+    head = next(name for name, part in model.named_modules() if part is network.head)
     objective = objectives.of(encoding.target, train.arrays[2])
     for one, worth in zip(units, worths(network, objective, units, train), strict=True):
         best = torch.argsort(worth, descending=True, stable=True)[: kept[one.depth]]
         for name, axis in one.held:
-            state[name] = state[name].index_select(axis, best.sort().values)
+            weights = state[f"{head}.{name}"]
+            state[f"{head}.{name}"] = weights.index_select(axis, best.sort().values)
     smaller = fit.model_copy(update={"hidden": kept})
     made = models.build(Inputs.blank(encoding), smaller)
-    made.encoder.load_state_dict(network.encoder.state_dict())
-    made.head.load_state_dict(state)
+    made.load_state_dict(state)
     return made, smaller
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import stage
 from pipelines.errors import UserError
-from pipelines.params import Fit, Params, Space
+from pipelines.params import Params, Space
 from pipelines.tracking import SQLITE
 from pipelines.train import fit as fitting
 from pipelines.train.data import Encoding
@@ -39,7 +39,8 @@ DIGITS = 3  # of a number that is tried: what is tried is what can be written
 
 def named(params: Params, encoding: Encoding, rows: Path) -> str:
     """The name of the study of these rows, which lie in arrays below `rows`."""
-    fixed = params.fit.model_dump(exclude={"checkpoint", *params.tune.space.keys})
+    free = {"checkpoint", *params.tune.space.keys}
+    fixed = {key: value for key, value in params.fit.flat().items() if key not in free}
     made_of = fitting.code()
     made_of["rows"] = stage.digest(rows)
     made_of["columns"] = json.dumps(
@@ -120,7 +121,7 @@ def prepare(held: "Study", params: Params) -> None:
 
 def current(params: Params) -> dict[str, Any]:
     """The present values of the keys of the space. Raises UserError where one lies outside."""
-    held, space = params.fit.model_dump(), params.tune.space
+    held, space = params.fit.flat(), params.tune.space
     values = {key: held[key] for key in space.keys}
     inside = space.within(values)
     for key, value in values.items():
@@ -158,7 +159,7 @@ def best(held: "Study") -> "FrozenTrial | None":
 
 def suggested(trial: "Trial", params: Params) -> dict[str, Any]:
     """The values of a trial: those it was queued with, or drawn."""
-    space, present = params.tune.space, params.fit.model_dump()
+    space, present = params.tune.space, params.fit.flat()
     values: dict[str, Any] = {}
     for key, one in space.ranges.items():
         if isinstance(present[key], int):
@@ -171,10 +172,6 @@ def suggested(trial: "Trial", params: Params) -> dict[str, Any]:
         texts = [json.dumps(choice) for choice in choices]
         values[key] = json.loads(trial.suggest_categorical(key, texts))
     return values
-
-
-def with_values(fit: Fit, values: dict[str, Any]) -> Fit:
-    return Fit.model_validate(fit.model_dump() | values)
 
 
 def _told(values: dict[str, Any], space: Space) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _objective(job: Job, trial: "Trial") -> float:
     trial.study.sampler = TPESampler(seed=(job.params.fit.seed + rank) % 2**32)
     values = study.suggested(trial, job.params)
     trial.set_user_attr("values", values)
-    fit = study.with_values(job.params.fit, values)
+    fit = job.params.fit.changed(values)
     pruned: TrialPruned | None = None
     try:
         loss = fitted_loss(job, fit, f"trial {trial.number}", [Watch(trial)])
@@ -152,7 +152,7 @@ def fitted_loss(job: Job, fit: Fit, name: str, watching: Sequence[pl.Callback] =
             try:
                 # What the epochs of several trials say at once tells nobody anything.
                 with redirect_stdout(None):
-                    _, epochs = fitting.train_network(
+                    trained = fitting.train_model(
                         job.encoding, train, val, fit, folder / "saved", logger, watching
                     )
             except TrialPruned as error:
@@ -162,7 +162,7 @@ def fitted_loss(job: Job, fit: Fit, name: str, watching: Sequence[pl.Callback] =
         shutil.rmtree(folder, ignore_errors=True)
     if pruned:
         raise pruned
-    return min(epoch["val_loss"] for epoch in epochs)
+    return trained.loss
 
 
 def _linked(arrays: Path, folder: Path) -> Rows:

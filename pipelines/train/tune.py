@@ -91,7 +91,7 @@ def judged(job: Job, held: "Study", present: dict[str, Any]) -> dict[str, Any]:
         return verdict | {"reason": "no trial is better than the present values: nothing changes"}
     seeds = [(fit.seed + more) % 2**32 for more in range(1, SEEDS + 1)]
     losses = {
-        who: [_refitted(job, held, study.with_values(fit, some), who, seed) for seed in seeds]
+        who: [_refitted(job, held, fit.changed(some), who, seed) for seed in seeds]
         for who, some in (("present", present), ("best", values))
     }
     return verdict | compared(losses, seeds) | {"best": best and best.number, "changes": changes}

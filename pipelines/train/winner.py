@@ -26,7 +26,9 @@ def edited(text: str, changes: Mapping[str, Any]) -> str:
     block = _value(yaml.compose(text, yaml.SafeLoader), "fit")
     places = []
     for key, value in changes.items():
-        node = _value(block, key)
+        node = block
+        for name in key.split("."):
+            node = _value(node, name)
         block_style = isinstance(node, yaml.CollectionNode) and not node.flow_style
         if block_style or node.start_mark.line != node.end_mark.line:
             raise UserError(f"{parameters.FILE}: fit.{key} fills several lines; expected one")
@@ -47,10 +49,10 @@ def written(value: Any) -> str:
 
 def checked(text: str, changes: Mapping[str, Any]) -> str:
     """The edited text. Raises UserError where params.yaml would then say something else."""
-    new, before = edited(text, changes), _loaded(text).model_dump()
-    expected = before | {"fit": before["fit"] | dict(changes)}
+    new, before = edited(text, changes), _loaded(text)
+    expected = before.model_copy(update={"fit": before.fit.changed(changes)})
     with suppress(UserError):  # what shares its value by an anchor may be no YAML any more
-        if _loaded(new).model_dump() == expected:
+        if _loaded(new) == expected:
             return new
     keys = ", ".join(changes)
     raise UserError(f"{parameters.FILE}: fit has keys that cannot be set alone among {keys}")

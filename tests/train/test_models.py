@@ -10,10 +10,10 @@ from pipelines import bundle
 from pipelines.params import Fit, Target
 from pipelines.train import data, evaluate, fit, fitted, models, package
 from pipelines.train.data import Encoding
-from pipelines.train.models.inputs import Inputs
+from pipelines.train.models.inputs import Inputs, Network
 
 
-@pytest.mark.parametrize("model", sorted(models.HEADS))
+@pytest.mark.parametrize("model", sorted(models.MODELS))
 def test_it_learns_and_its_bundle_answers_as_it_does(features: Checkout, model: str) -> None:
     features.set(fit={"model": model, "max_epochs": 3})
     params = features.params()
@@ -37,7 +37,9 @@ def inputs() -> Inputs:
 
 def _head(inputs: Inputs, fit: Fit, model: str, **changes: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    return models.HEADS[model](inputs, fit.model_copy(update=changes)).eval()
+    network = models.build(inputs, fit.model_copy(update={"model": model} | changes))
+    assert isinstance(network, Network)
+    return network.head.eval()
 
 
 def test_the_members_of_tabm_share_a_layer_and_differ(inputs: Inputs, features: Checkout) -> None:

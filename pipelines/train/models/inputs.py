@@ -128,9 +128,9 @@ class Network(nn.Module):
     the head.
     """
 
-    def __init__(self, encoder: NumberEncoder, head: nn.Module) -> None:
+    def __init__(self, inputs: Inputs, head: nn.Module) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head = NumberEncoder(inputs), head
 
     def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(codes, self.encoder(numbers))

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import CHANNELS, Inputs
+from pipelines.train.models.inputs import CHANNELS, Inputs, Network
 
 
-def build(inputs: Inputs, fit: Fit) -> nn.Module:
+def build(inputs: Inputs, fit: Fit) -> Network:
     """fit.hidden, fit.members and fit.dropout say nothing here."""
-    return Logistic(inputs)
+    return Network(inputs, Logistic(inputs))
 
 
 class Logistic(nn.Module):

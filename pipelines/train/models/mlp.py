@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import Embeddings, Inputs
+from pipelines.train.models.inputs import Embeddings, Inputs, Network
 
 
-def build(inputs: Inputs, fit: Fit) -> nn.Module:
+def build(inputs: Inputs, fit: Fit) -> Network:
     """fit.members perceptrons on the same inputs."""
-    return Members(nn.ModuleList([Perceptron(inputs, fit) for _ in range(fit.members)]))
+    members = nn.ModuleList([Perceptron(inputs, fit) for _ in range(fit.members)])
+    return Network(inputs, Members(members))
 
 
 class Members(nn.Module):

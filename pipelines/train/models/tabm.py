@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import Embeddings, Inputs
+from pipelines.train.models.inputs import Embeddings, Inputs, Network
 
 
-def build(inputs: Inputs, fit: Fit) -> nn.Module:
+def build(inputs: Inputs, fit: Fit) -> Network:
     """fit.members members of fit.hidden units."""
-    return Tabm(inputs, fit)
+    return Network(inputs, Tabm(inputs, fit))
 
 
 class Tabm(nn.Module):
