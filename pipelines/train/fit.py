@@ -133,7 +133,7 @@ def train_model(
         loss = figures["val_loss"]
         curves.append({"trees": len(trees)} | figures)
         if logger:
-            logger.log_metrics(figures)
+            logger.log_metrics(figures, step=_steps(train, fit))
         stage.say("fit", f"with {len(trees)} trees the validation loss is {loss:.4f}")
     return Trained(Fitted(fitted.calibrate(model, objective, val), encoding), curves, loss)
 
@@ -150,8 +150,7 @@ def _descend(
 ) -> list[Figures]:
     """Train the network on the first rows, and keep the epoch that is best on the second."""
     train, val = rows
-    steps = fit.max_epochs * math.ceil(len(train) / fit.batch_size)
-    module = TaskModule(network.head, task, objective, fit, steps)
+    module = TaskModule(network.head, task, objective, fit, _steps(train, fit))
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train), task.told)
     ours = [EarlyStopping("val_loss", patience=fit.patience), best, progress, saving]
@@ -181,6 +180,11 @@ def _descend(
     network.head.load_state_dict(best.weights)
     network.cpu()
     return progress.epochs
+
+
+def _steps(train: Rows, fit: Fit) -> int:
+    """Of the optimiser, at most."""
+    return fit.max_epochs * math.ceil(len(train) / fit.batch_size)
 
 
 def repeatable(fit: Fit) -> None:

@@ -26,9 +26,8 @@ def edited(text: str, changes: Mapping[str, Any]) -> str:
     block = _value(yaml.compose(text, yaml.SafeLoader), "fit")
     places = []
     for key, value in changes.items():
-        node = block
-        for name in key.split("."):
-            node = _value(node, name)
+        group, _, name = key.rpartition(".")
+        node = _value(_value(block, group) if group else block, name)
         block_style = isinstance(node, yaml.CollectionNode) and not node.flow_style
         if block_style or node.start_mark.line != node.end_mark.line:
             raise UserError(f"{parameters.FILE}: fit.{key} fills several lines; expected one")

@@ -24,8 +24,11 @@ def test_it_learns_and_its_bundle_answers_as_it_does(features: Checkout, model: 
     test = data.materialise(learned.encoding, "test", features.folder / "rows")
     expected = learned.predict(test)
     assert roc_auc_score(test.labels, expected) > 0.7
-    found = scorer.predict(package.split(learned.encoding, "test"))
+    rows = package.split(learned.encoding, "test")
+    found = scorer.predict(rows)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    parts = [scorer.predict(rows.slice(at, 37)) for at in range(0, rows.num_rows, 37)]
+    np.testing.assert_array_equal(np.concatenate(parts), found)  # whatever rows are beside
 
 
 @pytest.fixture

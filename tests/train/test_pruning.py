@@ -70,7 +70,7 @@ def test_worth_is_the_loss_that_the_units_absence_makes(
     """To first order: units are worth, in the same order, about what the loss of a row changes when
     each is taken away alone.
     """
-    fit = features.params().fit.model_copy(update={"hidden": [8], "members": 1})
+    fit = features.params().fit.model_copy(update={"model": "mlp", "hidden": [8], "members": 1})
     network, rows = _network(learned, fit), learned[1]
     (units,) = pruning.UNITS["mlp"](fit)
     (worth,) = pruning.worths(network, objectives.Binary(), [units], rows)
@@ -97,7 +97,7 @@ def _losses(network: Network, rows: Rows) -> torch.Tensor:
 def test_a_unit_is_left_in_every_layer_and_the_network_that_was_there(
     features: Checkout, learned: tuple[Encoding, Rows]
 ) -> None:
-    fit = features.params().fit.model_copy(update={"hidden": [4, 1]})
+    fit = features.params().fit.model_copy(update={"model": "mlp", "hidden": [4, 1]})
     network = _network(learned, fit)
     before = _answers(network, learned[1])
     made, smaller = pruning.pruned(network, learned[0], fit, learned[1], 0.9)

@@ -117,5 +117,6 @@ def _fitted(checkout: Checkout, **trainer: Any) -> list[dict[str, float]]:
 
 
 def _curves() -> list[dict[str, float]]:
+    """Of the epochs of the network."""
     found: list[dict[str, float]] = json.loads((fitted.FOLDER / fitted.CURVES).read_text())
-    return found
+    return [one for one in found if "epoch" in one]

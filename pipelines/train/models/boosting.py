@@ -42,13 +42,12 @@ class Trees(nn.Module):
     """
 
     means: torch.Tensor  # (categories, largest cardinality)
-    columns: torch.Tensor  # (trees, nodes)
-    cuts: torch.Tensor  # (trees, nodes, 1)
-    paths: torch.Tensor  # (trees, leaves, nodes)
-    lefts: torch.Tensor  # (trees, leaves, 1)
-    leaves: torch.Tensor  # (trees, 1, leaves)
-    outputs: torch.Tensor  # (width, trees): 1 for the logit to which a tree adds
-    start: torch.Tensor  # (width, 1): what they add to
+    columns: torch.Tensor  # (width, trees, nodes)
+    cuts: torch.Tensor  # (width, trees, nodes, 1)
+    paths: torch.Tensor  # (width, trees, leaves, nodes)
+    lefts: torch.Tensor  # (width, trees, leaves, 1)
+    leaves: torch.Tensor  # (width, trees, 1, leaves)
+    start: torch.Tensor  # (width, 1): what the trees of a logit add to
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
@@ -61,14 +60,16 @@ class Trees(nn.Module):
             self.register_buffer(name, torch.from_numpy(array))
 
     def __len__(self) -> int:
-        return len(self.columns)
+        return self.columns.shape[0] * self.columns.shape[1]
 
     def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         features = self._features(codes, numbers)
         went_left = (F.embedding(self.columns, features) <= self.cuts).float()
         reached = (self.paths @ went_left == self.lefts).float()
-        said = (self.leaves @ reached).squeeze(1)  # (trees, rows)
-        return (self.start + self.outputs @ said).T[:, None, :]
+        # Products so far are of whole numbers, or have one summand: exact, in whatever order. This
+        # sum is not: its order must not depend on the number of rows, as a product's does.
+        said = (self.leaves @ reached).squeeze(2).sum(dim=1)
+        return (self.start + said).T[:, None, :]
 
     def _features(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Shape (categories + 2 * numbers, rows). A missing number is below every cut in its first
@@ -160,17 +161,17 @@ def _tensors(
     """What `Trees` holds of trees, whose nodes are as scikit-learn has them: in each round one tree
     for each logit, a parent before its children, a cut in float64.
     """
-    count, nodes = len(trees), leaves - 1
+    shape, nodes = (width, len(trees) // width), leaves - 1
     held: dict[str, npt.NDArray[Any]] = {
-        "columns": np.zeros((count, nodes), np.int64),
-        "cuts": np.zeros((count, nodes, 1), np.float32),
-        "paths": np.zeros((count, leaves, nodes), np.float32),
+        "columns": np.zeros((*shape, nodes), np.int64),
+        "cuts": np.zeros((*shape, nodes, 1), np.float32),
+        "paths": np.zeros((*shape, leaves, nodes), np.float32),
         # No row went left less often than never: what a tree has no leaf for is never reached.
-        "lefts": np.full((count, leaves, 1), -1, np.float32),
-        "leaves": np.zeros((count, 1, leaves), np.float32),
-        "outputs": np.tile(np.eye(width, dtype=np.float32), count // width),
+        "lefts": np.full((*shape, leaves, 1), -1, np.float32),
+        "leaves": np.zeros((*shape, 1, leaves), np.float32),
     }
-    for at, tree in enumerate(trees):
+    for number, tree in enumerate(trees):
+        at = number % width, number // width
         inner, leaf = (np.flatnonzero(tree["is_leaf"] == is_leaf) for is_leaf in (0, 1))
         path = np.zeros((len(tree), nodes), np.float32)
         for place, parent in enumerate(inner):
@@ -179,11 +180,11 @@ def _tensors(
                 path[child, place] = side
         split = tree[inner]
         above = (split["feature_idx"] >= categories) & (split["missing_go_to_left"] == 0)
-        held["columns"][at, : len(inner)] = split["feature_idx"] + above * (columns - categories)
-        held["cuts"][at, : len(inner), 0] = _float32_below(split["num_threshold"])
-        held["paths"][at, : len(leaf)] = path[leaf]
-        held["lefts"][at, : len(leaf), 0] = (path[leaf] > 0).sum(axis=1)
-        held["leaves"][at, 0, : len(leaf)] = tree[leaf]["value"]
+        held["columns"][at][: len(inner)] = split["feature_idx"] + above * (columns - categories)
+        held["cuts"][at][: len(inner), 0] = _float32_below(split["num_threshold"])
+        held["paths"][at][: len(leaf)] = path[leaf]
+        held["lefts"][at][: len(leaf), 0] = (path[leaf] > 0).sum(axis=1)
+        held["leaves"][at][0, : len(leaf)] = tree[leaf]["value"]
     return held
 
 
