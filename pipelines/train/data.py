@@ -98,7 +98,8 @@ class Rows:
         return np.asarray(self.arrays[2]).astype(np.float64)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Batch:
-        codes, numbers, labels = (torch.from_numpy(array[indices]) for array in self.arrays)
+        # Twice as fast as array[indices].
+        codes, numbers, labels = (torch.from_numpy(a.take(indices, axis=0)) for a in self.arrays)
         return codes, numbers, labels
 
     def batches(self) -> Iterator[Batch]:

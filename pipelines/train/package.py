@@ -57,6 +57,8 @@ def run(params: Params) -> None:
         tables.write(
             reference(scorer, model.encoding, params.package.reference_rows), out / bundle.REFERENCE
         )
+        # Now, and not when it is registered: so many trees may have grown that no replica opens it.
+        bundle.verify(out, stage.digest(out))
     size = (bundle.FOLDER / bundle.MODEL).stat().st_size
     verdict = {"parity": float(f"{gap:.0e}"), "rows": test.num_rows, "model_bytes": size}
     stage.write_json(VERDICT, verdict | choice.verdict)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from world import Checkout
 
 from pipelines import bundle, stage
+from pipelines.errors import UserError
 from pipelines.train import evaluate, fit, fitted, package
 
 NUMBER = st.none() | st.floats(
@@ -97,3 +98,15 @@ def test_a_gap_between_onnx_and_torch_fails_the_stage(
     with pytest.raises(RuntimeError, match=r"differ by 1\.\d+e-03 on a test row"):
         package.run(packaged.params())
     assert stage.digest(bundle.FOLDER) == before
+
+
+def test_what_no_replica_would_open_is_told_at_once(
+    features: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where very many trees grew."""
+    fit.run(features.params())
+    evaluate.run(features.params())
+    monkeypatch.setattr(bundle, "ELEMENTS", 1000)
+    with pytest.raises(UserError, match="there are over 1,000 elements for a row"):
+        package.run(features.params())
+    assert not bundle.FOLDER.exists()

@@ -94,22 +94,19 @@ class Trees(nn.Module):
         """
         from threadpoolctl import threadpool_limits
 
-        numeric, some = (
-            isinstance(objective, Regression),
-            tables.spaced(len(train), fit.boosting.rows),
-        )
+        numeric = isinstance(objective, Regression)
+        some, every = tables.spaced(len(train), fit.boosting.rows), np.arange(len(val))
         known, judged = (
-            objective.known(torch.from_numpy(rows.labels)).numpy() for rows in (train, val)
+            objective.known(torch.from_numpy(rows.labels[kept])).numpy()
+            for rows, kept in ((train, some), (val, every))
         )
-        known = known[some]
         absent = set(range(max(2, objective.width))) - set(np.unique(known).tolist())
         if absent and not numeric:
             raise UserError(f"{FEATURES}: no train row has the label {min(absent)}")
         means = _means(train.arrays[0][some], known, self.means.shape)
-        seen, held_out = _matrix(train, some, means), _matrix(val, np.arange(len(val)), means)
-        seen[:, np.isnan(seen).all(axis=0)] = (
-            0  # scikit-learn takes no column of which none is known
-        )
+        seen, held_out = _matrix(train, some, means), _matrix(val, every, means)
+        # scikit-learn takes no column of which nothing is known.
+        seen[:, np.isnan(seen).all(axis=0)] = 0
         learner = _learner(fit, numeric)
         with threadpool_limits(fit.trainer.threads, user_api="openmp"):
             learner.fit(seen, known, X_val=held_out, y_val=judged)
