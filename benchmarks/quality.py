@@ -238,22 +238,18 @@ def _blend_space(trial: Any) -> dict[str, Any]:
         "dropout": trial.suggest_float("dropout", 0.1, 0.5),
         "hidden": [trial.suggest_categorical("hidden", [128, 256, 384]), 128],
         "max_epochs": trial.suggest_int("max_epochs", 3, 8),
-        "boosting": {
-            "rounds": 1500,
-            "patience": STOP,
-            "learning_rate": trial.suggest_float("shrinkage", 0.03, 0.2, log=True),
-            "leaves": trial.suggest_int("leaves", 12, 48, log=True),
-            "leaf_rows": trial.suggest_int("leaf_rows", 20, 500, log=True),
-            "features": trial.suggest_float("features", 0.2, 1.0),
-            "l2": trial.suggest_float("l2", 1e-2, 30.0, log=True),
-        },
+        "boosting.rounds": 1500,
+        "boosting.patience": STOP,
+        "boosting.learning_rate": trial.suggest_float("shrinkage", 0.03, 0.2, log=True),
+        "boosting.leaves": trial.suggest_int("leaves", 12, 48, log=True),
+        "boosting.leaf_rows": trial.suggest_int("leaf_rows", 20, 500, log=True),
+        "boosting.features": trial.suggest_float("features", 0.2, 1.0),
+        "boosting.l2": trial.suggest_float("l2", 1e-2, 30.0, log=True),
     }
 
 
 def _ours(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
-    shipped = held.options.model_dump()
-    boosting = shipped["boosting"] | values.get("boosting", {})
-    options = Fit.model_validate(shipped | values | {"boosting": boosting, "seed": seed})
+    options = held.options.changed({**values, "seed": seed})
     with tempfile.TemporaryDirectory() as saved, redirect_stdout(io.StringIO()):
         trained = fit.train_model(held.encoding, held.train, held.val, options, Path(saved))
     return trained.model.predict
