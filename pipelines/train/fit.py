@@ -194,6 +194,8 @@ def repeatable(fit: Fit) -> None:
 
     pl.seed_everything(fit.seed, verbose=False)
     torch.set_num_threads(fit.trainer.threads)
+    # Deterministic torch would fill whatever is made to be written next.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Lightning, and the processes that it starts, would choose another number.
     os.environ["OMP_NUM_THREADS"] = str(fit.trainer.threads)
     for name in ("pytorch_lightning", "lightning_fabric"):

@@ -1,8 +1,12 @@
 """Every model of the table learns, and gives the same kind of bundle."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from world import Checkout
 
@@ -10,7 +14,7 @@ from pipelines import bundle
 from pipelines.params import Fit, Target
 from pipelines.train import data, evaluate, fit, fitted, models, package
 from pipelines.train.data import Encoding
-from pipelines.train.models.inputs import Inputs, Network
+from pipelines.train.models.inputs import Dropout, Inputs, Network
 
 
 @pytest.mark.parametrize("model", sorted(models.MODELS))
@@ -63,3 +67,25 @@ def test_logistic_is_linear_in_every_number(inputs: Inputs, features: Checkout) 
     one, other = torch.randn(2, 5, 6)
     middle = (head(codes, one) + head(codes, other)) / 2
     torch.testing.assert_close(head(codes, (one + other) / 2), middle)
+
+
+@given(st.integers(0, 400), st.integers(1, 30), st.floats(0, 0.999), st.integers(0, 2**32))
+def test_dropout_takes_whole_units_and_keeps_their_mean(
+    rows: int, width: int, share: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    dropout = Dropout(share)
+    units = torch.full((rows, width), 3.0, requires_grad=True)
+    kept = dropout(units)
+    kept.sum().backward()
+    assert units.grad is not None
+    assert torch.equal(units.grad * 3, kept)
+    assert len(kept.unique()) <= 2
+    gone = kept == 0
+    # Five standard errors of what is told of a share.
+    assert abs(float(gone.sum()) - share * gone.numel()) <= (
+        5 * math.sqrt(gone.numel() / 4) + gone.numel() / 256
+    )
+    if not gone.all():
+        assert float(kept.max()) == pytest.approx(3 / (1 - share), rel=1 / 256 / (1 - share))
+    assert dropout.eval()(units) is units

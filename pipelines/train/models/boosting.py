@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from pipelines import tables
 from pipelines.errors import UserError
 from pipelines.params import Fit
-from pipelines.train.data import FEATURES, Rows
+from pipelines.train.data import BATCH, FEATURES, Rows
 from pipelines.train.models.inputs import Inputs
 from pipelines.train.objectives import Objective, Regression
 
 PRIOR = 100  # rows of the mean label that are added to those of a value
 Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 
 
 def build(inputs: Inputs, fit: Fit) -> "Trees":
@@ -88,28 +88,28 @@ class Trees(nn.Module):
 
     def grow(self, train: Rows, val: Rows, objective: Objective, fit: Fit) -> None:
         """Grow until the loss of the validation rows has not fallen for boosting.patience rounds,
-        and keep what has the smallest.
+        and keep what has the smallest. Of more rows than boosting.rows, so many are seen of each.
 
         Raises UserError where a class has no train row.
         """
         from threadpoolctl import threadpool_limits
 
         numeric = isinstance(objective, Regression)
-        some, every = tables.spaced(len(train), fit.boosting.rows), np.arange(len(val))
+        sample, held_out = (tables.spaced(len(rows), fit.boosting.rows) for rows in (train, val))
         known, judged = (
-            objective.known(torch.from_numpy(rows.labels[kept])).numpy()
-            for rows, kept in ((train, some), (val, every))
+            objective.known(torch.from_numpy(rows.arrays[2][some].astype(np.float64))).numpy()
+            for rows, some in ((train, sample), (val, held_out))
         )
         absent = set(range(max(2, objective.width))) - set(np.unique(known).tolist())
         if absent and not numeric:
             raise UserError(f"{FEATURES}: no train row has the label {min(absent)}")
-        means = _means(train.arrays[0][some], known, self.means.shape)
-        seen, held_out = _matrix(train, some, means), _matrix(val, every, means)
+        means = _means(train.arrays[0][sample], known, self.means.shape)
+        seen, unseen = _matrix(train, sample, means), _matrix(val, held_out, means)
         # scikit-learn takes no column of which nothing is known.
         seen[:, np.isnan(seen).all(axis=0)] = 0
         learner = _learner(fit, numeric)
         with threadpool_limits(fit.trainer.threads, user_api="openmp"):
-            learner.fit(seen, known, X_val=held_out, y_val=judged)
+            learner.fit(seen, known, X_val=unseen, y_val=judged)
         best = max(1, int(np.argmax(learner.validation_score_)))
         nodes = [tree.nodes for grown in learner._predictors[:best] for tree in grown]
         start = learner._baseline_prediction.reshape(-1, 1).astype(np.float32)
@@ -136,7 +136,7 @@ def _learner(fit: Fit, numeric: bool) -> Any:
     )
 
 
-def _means(codes: npt.NDArray[np.int32], labels: Labels, shape: tuple[int, ...]) -> Floats:
+def _means(codes: npt.NDArray[np.int32], labels: Doubles, shape: tuple[int, ...]) -> Floats:
     """The mean label of every value of every category, shape (categories, largest cardinality)."""
     means = np.empty(shape, np.float32)
     for at, column in enumerate(codes.T):
@@ -146,10 +146,15 @@ def _means(codes: npt.NDArray[np.int32], labels: Labels, shape: tuple[int, ...])
     return means
 
 
-def _matrix(rows: Rows, some: npt.NDArray[np.int64], means: Floats) -> Floats:
-    """Shape (some, categories + numbers)."""
-    codes, numbers = (np.asarray(array[some]) for array in rows.arrays[:2])
-    return np.concatenate([means[np.arange(len(means)), codes], numbers], axis=1)
+def _matrix(rows: Rows, some: npt.NDArray[np.int64], means: Floats) -> Doubles:
+    """Shape (some, categories + numbers); in float64, of which scikit-learn makes no copy."""
+    codes, numbers = rows.arrays[:2]
+    matrix = np.empty((len(some), len(means) + numbers.shape[1]))
+    for at in range(0, len(some), BATCH):
+        part = some[at : at + BATCH]
+        matrix[at : at + BATCH, : len(means)] = means[np.arange(len(means)), codes[part]]
+        matrix[at : at + BATCH, len(means) :] = numbers[part]
+    return matrix
 
 
 def _tensors(

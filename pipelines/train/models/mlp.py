@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import Embeddings, Inputs, Network
+from pipelines.train.models.inputs import Dropout, Embeddings, Inputs, Network
 
 
 def build(inputs: Inputs, fit: Fit) -> Network:
@@ -37,7 +37,7 @@ class Perceptron(nn.Module):
         width = self.embeddings.width
         layers: list[nn.Module] = []
         for hidden in fit.hidden:
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(fit.dropout)]
+            layers += [nn.Linear(width, hidden), nn.ReLU(), Dropout(fit.dropout)]
             width = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(width, inputs.width))
 

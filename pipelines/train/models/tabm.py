@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipelines.params import Fit
-from pipelines.train.models.inputs import Embeddings, Inputs, Network
+from pipelines.train.models.inputs import Dropout, Embeddings, Inputs, Network
 
 
 def build(inputs: Inputs, fit: Fit) -> Network:
@@ -33,7 +33,7 @@ class Tabm(nn.Module):
         )
         signs = torch.randint(2, (fit.members, widths[0])) * 2.0 - 1.0
         self.signs = nn.Parameter(signs)
-        self.dropout = nn.Dropout(fit.dropout)
+        self.dropout = Dropout(fit.dropout)
         self.weight = nn.Parameter(_uniform(fit.members, inputs.width, widths[-1], fan=widths[-1]))
         self.bias = nn.Parameter(_uniform(fit.members, inputs.width, fan=widths[-1]))
 
