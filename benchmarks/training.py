@@ -1,7 +1,7 @@
 """training: rows a second of `fit` beside a bare loop over tensors in memory; in little memory.
 
 Needs data/features (make run). In one run, turn about: the stage's own training (Lightning, arrays
-mapped from disk, checkpoints, figures) and the same network, loss, optimiser and schedule in twenty
+mapped from disk, figures of an epoch) and the same network, loss, optimiser and schedule in twenty
 lines of PyTorch. The first epoch of each warms up and does not count. Then the rows of many
 years, with less memory for a process's own data than they take.
 Run: python benchmarks/training.py [MODEL …]

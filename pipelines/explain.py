@@ -32,6 +32,7 @@ from pipelines.params import Params
 ORDERS = 64
 SEED = 7
 DIGITS = 6
+LARGEST = float(np.finfo(np.float32).max)
 KINDS = {"string": pa.string(), "float32": pa.float32()}
 Floats = npt.NDArray[np.float64]
 
@@ -90,13 +91,20 @@ def records(contract: dict[str, Any]) -> Iterator[pa.Table]:
             raise UserError(f"line {number} is no record in JSON; expected an object of columns")
         if unknown := [name for name in record if name not in kinds]:
             raise UserError(f"line {number}: the bundle has no column {unknown[0]}")
-        columns = {}
         for name, kind in kinds.items():
-            try:
-                columns[name] = pa.array([record.get(name)], kind)
-            except (pa.ArrowException, TypeError) as error:
-                raise UserError(f"line {number}: {name}: {error}; expected {kind}") from None
-        yield pa.table(columns)
+            if name not in record:
+                raise UserError(f"line {number} lacks the column {name}; what is missing is null")
+            if not _is(record[name], kind):
+                wanted = f"expected a {'text' if kind == pa.string() else 'number'} or null"
+                raise UserError(f"line {number}: {name} is {json.dumps(record[name])}; {wanted}")
+        yield pa.table({name: pa.array([record[name]], kind) for name, kind in kinds.items()})
+
+
+def _is(value: Any, kind: pa.DataType) -> bool:
+    if value is None or kind == pa.string():
+        return isinstance(value, str | None)
+    # NaN is at most nothing.
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def explain(scorer: Scorer, row: pa.Table, reference: pa.Table, orders: int = ORDERS) -> Explained:

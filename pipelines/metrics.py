@@ -8,7 +8,7 @@ multiclass  label: shape (rows,), 0, 1, … of the classes; prediction: their pr
 All figures are rounded to six digits: sums of floats repeat no further across machines.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -156,9 +156,8 @@ def of_classes(label: Numbers, prediction: Numbers) -> Measure:
 class Task:
     """How the predictions of a kind of label are measured.
 
-    loss: the figure that training makes small. told: the one that is told beside it. better: the
-    figures that must be no worse than a baseline's, the main one first, with 1 where more is better
-    and -1 where less is.
+    loss: the figure that training makes small. told: the one that is told beside it. compared: the
+    figures that must be no worse than a baseline's, the main one first.
     """
 
     name: str
@@ -166,23 +165,23 @@ class Task:
     measurer: Callable[[Any, Any], Measure]
     loss: str
     told: str
-    better: Mapping[str, int]
+    compared: tuple[str, ...]
 
     @property
     def main(self) -> str:
         """The figure by which a model is spoken of."""
-        return next(iter(self.better))
+        return self.compared[0]
 
 
 _TASKS = (
-    Task("binary", NAMES, measurer, "log_loss", "auc", {"auc": 1, "ap": 1}),
+    Task("binary", NAMES, measurer, "log_loss", "auc", ("auc", "ap")),
     Task(
         "regression",
         ("rmse", "mae", "unexplained", "calibration_error"),
         of_numbers,
         "rmse",
         "unexplained",
-        {"rmse": -1, "mae": -1},
+        ("rmse", "mae"),
     ),
     Task(
         "multiclass",
@@ -190,10 +189,15 @@ _TASKS = (
         of_classes,
         "log_loss",
         "accuracy",
-        {"auc": 1, "ap": 1, "log_loss": -1},
+        ("auc", "ap", "log_loss"),
     ),
 )
 TASKS = {task.name: task for task in _TASKS}
+
+
+def sign(name: str) -> int:
+    """1 where more of a figure is better, -1 where less is."""
+    return 1 if name in ("auc", "ap", "accuracy") else -1
 
 
 def title(name: str) -> str:

@@ -239,7 +239,7 @@ class Fit(_Block):
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    hidden: list[Positive]
+    hidden: Annotated[list[Positive], Field(min_length=1)]
     members: Positive
     boosting: Boosting
     checkpoint: Checkpoint
@@ -593,7 +593,8 @@ class Contract(_Block):
     """
 
     owner: Annotated[str, Field(min_length=1)]
-    purpose: Annotated[str, Field(min_length=1)]
+    # The question that each column answers which dataset.target may name.
+    purpose: dict[str, Annotated[str, Field(min_length=1)]]
     uses: Names
     limits: Names
     events: dict[str, Column]

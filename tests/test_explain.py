@@ -119,7 +119,7 @@ def test_a_bundle_explains_what_it_answers(checkout: Checkout) -> None:
     bundles.make(folder)
     names = [column["name"] for column in bundles.COLUMNS]
     rows = tables.read_file(folder / bundle.REFERENCE).to_pylist()
-    lines = [json.dumps({n: row[n] for n in names if row[n] is not None}) + "\n" for row in rows]
+    lines = [json.dumps({name: row[name] for name in names}) + "\n" for row in rows]
     done = _told(checkout, "".join(lines))
     assert done.returncode == 0, done.stderr
     for row, line in zip(rows, done.stdout.splitlines(), strict=True):
@@ -137,8 +137,12 @@ def test_a_bundle_explains_what_it_answers(checkout: Checkout) -> None:
         ("{", "line 1 is no record in JSON; expected an object of columns"),
         ("[1]", "line 1 is no record in JSON"),
         ('{"nonsense": 1}', "line 1: the bundle has no column nonsense"),
-        ('{"x": "far"}', "line 1: x: "),
-        ('{"origin": {}}', "line 1: origin: "),
+        ("{}", "line 1 lacks the column origin; what is missing is null"),
+        ('{"origin": 5, "x": 1, "y": 1}', "line 1: origin is 5; expected a text or null"),
+        ('{"origin": null, "x": "far", "y": 1}', 'line 1: x is "far"; expected a number or null'),
+        ('{"origin": null, "x": true, "y": 1}', "line 1: x is true; expected a number or null"),
+        ('{"origin": null, "x": NaN, "y": 1}', "line 1: x is NaN; expected a number or null"),
+        ('{"origin": null, "x": 1e400, "y": 1}', "line 1: x is Infinity; expected a number"),
     ],
 )
 def test_a_bad_record_is_one_line(checkout: Checkout, line: str, said: str) -> None:

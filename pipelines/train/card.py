@@ -10,6 +10,7 @@ limits are the contract's, every figure is a verdict's, and what moves the model
 on rows of the bundle's reference (pipelines/explain.py).
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from pipelines import bundle, explain, metrics, stage, tables
 from pipelines import params as parameters
+from pipelines.errors import UserError
 from pipelines.params import Contract, Params
 from pipelines.train.markdown import table
 
@@ -40,12 +42,15 @@ def run(params: Params) -> None:
     name = params.dataset.name
     where = Path("pipelines/ingest/datasets") / name / "contract.yaml"
     contract = parameters.checked(where, Contract)
+    target = params.dataset.target.column
+    if target not in contract.purpose:
+        raise UserError(f"{where}: purpose: {target}, which dataset.target names, has no question")
     verdicts = {one: stage.read_json(Path(f"reports/{one}/verdict.json")) for one in VERDICTS}
     scorer = bundle.load(bundle.FOLDER)
     text = "\n".join(
         [
             f"# Model card: {name}",
-            *_purpose(contract, scorer.contract, verdicts["evaluate"]),
+            *_purpose(contract, target, scorer.contract, verdicts["evaluate"]),
             *_data(contract, scorer.contract, verdicts),
             *_figures(verdicts["evaluate"], scorer.contract),
             *_slices(verdicts["evaluate"], scorer.contract["threshold"]),
@@ -76,11 +81,15 @@ def page(text: str, title: str) -> str:
     )
 
 
-def _purpose(contract: Contract, made: Mapping[str, Any], verdict: Verdicts) -> list[str]:
-    said = "passed every check" if verdict["passed"] else "; ".join(verdict["reasons"])
+def _purpose(
+    contract: Contract, target: str, made: Mapping[str, Any], verdict: Verdicts
+) -> list[str]:
+    said = "**passed every check**"
+    if not verdict["passed"]:
+        said = f"**did not pass**: {'; '.join(verdict['reasons'])}"
     return [
         "",
-        f"{contract.purpose} {_meaning(made)} As of {made['as_of'][:10]} it **{said}**. "
+        f"{contract.purpose[target]} {_meaning(made)} As of {made['as_of'][:10]} it {said}. "
         f"{contract.owner} answers for it.",
         *_section("Use"),
         *(f"- {use}" for use in contract.uses),
@@ -93,7 +102,7 @@ def _meaning(made: Mapping[str, Any]) -> str:
     """What the prediction is."""
     task = bundle.task(made)
     if task == "regression":
-        return "It says a number."
+        return "It says that number."
     if task == "multiclass":
         return f"It says how likely each is of {', '.join(made['classes'])}; the last is watched."
     return f"It says how likely that is; from {made['threshold']} on it may be called so."
@@ -117,18 +126,29 @@ def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
     def told(figure: Mapping[str, float]) -> str:
         return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
+    names = metrics.TASKS[verdict["task"]].names
     lines = [
         [metrics.title(name), told(verdict["metrics"][name]), told(verdict["baseline"][name])]
-        for name in metrics.TASKS[verdict["task"]].names
+        for name in names
     ]
+    worse = [metrics.title(name) for name in names if _is_worse(verdict, name)]
+    said = f" Gradient boosting is surely better in {', '.join(worse)}." if worse else ""
     return [
         *_section("Figures"),
-        f"On the test rows, with 95 % intervals.{_form(made)}",
+        f"On the test rows, with 95 % intervals.{said}{_form(made)}",
         "",
         *table(["", "model", "gradient boosting"], lines),
         *_section("Calibration by month"),
         *_cuts("month", verdict["months"], verdict["task"]),
     ]
+
+
+def _is_worse(verdict: Verdicts, name: str) -> bool:
+    """Whether the whole interval of the baseline is better than that of the model."""
+    model, baseline = (verdict[who][name] for who in ("metrics", "baseline"))
+    if metrics.sign(name) > 0:
+        return bool(model["high"] < baseline["low"])
+    return bool(model["low"] > baseline["high"])
 
 
 def _form(made: Mapping[str, Any]) -> str:
@@ -146,36 +166,48 @@ def _form(made: Mapping[str, Any]) -> str:
     )
 
 
-def _cuts(by: str, values: Verdicts, task: str) -> list[str]:
+def _cuts(by: str, values: Verdicts, task: str, few: int = 0) -> list[str]:
+    """A line for each value; one of fewer than `few` rows has its rows alone."""
     figures = ("mean_prediction", "mean_label", "calibration_error", metrics.TASKS[task].main)
-    lines = [
-        [name, f"{held['rows']:,}", *(f"{held[figure]:.4f}" for figure in figures)]
-        for name, held in values.items()
-    ]
+    lines = []
+    for name, held in values.items():
+        told = [_told(held[figure] if held["rows"] >= few else None) for figure in figures]
+        lines.append([name, f"{held['rows']:,}", *told])
     return table([by, "rows", *map(metrics.title, figures)], lines)
 
 
-def _slices(verdict: Verdicts, threshold: float) -> Iterator[str]:
-    names = ("calibration", "flagged", "caught", "false_alarms")
+def _slices(verdict: Verdicts, threshold: float | None) -> Iterator[str]:
+    names = {"values": "values", "left_out": "left out", "calibration": "prediction less label"}
+    if threshold is not None:
+        names |= {"flagged": "flagged", "caught": "caught", "false_alarms": "false alarms"}
     lines = [
-        [column, str(gaps["values"]), *(_share(gaps[name]) for name in names)]
+        [column, *(_told(gaps[name]) for name in names)]
         for column, gaps in verdict["fairness"].items()
     ]
-    header = ["cut by", "values", "prediction less label", "flagged", "caught", "false alarms"]
+    header = ["cut by", *names.values()]
+    few = max((gaps["few"] for gaps in verdict["fairness"].values()), default=0)
     yield from _section("How far slices lie apart")
     yield (
-        "The largest value less the smallest, of slices with rows enough. Flagged: the share from "
-        f"{threshold} on; caught: of those that were; false alarms: of those that were not."
+        f"The largest value less the smallest, of those with {few} rows or more; of fewer nothing "
+        "is said."
     )
+    if threshold is not None:
+        yield (
+            f"Flagged: the share from {threshold} on; caught: of those that were; false alarms: of "
+            "those that were not."
+        )
     yield ""
     yield from table(header, lines)
     for column, values in verdict["slices"].items():
         yield from _section(f"By {column}")
-        yield from _cuts(column, values, verdict["task"])
+        yield from _cuts(column, values, verdict["task"], few)
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _told(value: float | None) -> str:
+    """A count, a share, or nothing."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _behaviour(verdict: Verdicts) -> list[str]:
@@ -190,6 +222,9 @@ def _behaviour(verdict: Verdicts) -> list[str]:
     ]
     return [
         *_section("Behaviour"),
+        "What should raise the mean of what is foretold must not lower it; without a reading it "
+        "must stay about where it was (`evaluate.max_missing_shift`).",
+        "",
         *table(["change", "mean before", "after", "holds"], lines),
     ]
 
@@ -217,13 +252,23 @@ def _moving(scorer: bundle.Scorer) -> list[str]:
 
 
 def _made(made: Mapping[str, Any], verdict: Verdicts) -> list[str]:
-    lines = [[f"fit.{name}", str(value)] for name, value in made["params"]["fit"].items()]
+    fit = made["params"]["fit"]
+    lines = [[name, json.dumps(value)] for name, value in _leaves("fit", fit)]
     lines += [
         ["bundle", stage.digest(bundle.FOLDER)[:12]],
         ["model.onnx", f"{verdict['model_bytes']:,} bytes"],
         ["ONNX Runtime and torch differ by at most", f"{verdict['parity']:.0e}"],
     ]
     return [*_section("How it was made"), *table(["", ""], lines)]
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value below, by its key in params.yaml."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{name}.{key}", inner)
 
 
 def _section(title: str) -> list[str]:

@@ -169,6 +169,10 @@ class Checkpoints(pl.Callback):
                 step = trainer.global_step
                 raise TransientError(f"told to end; step {step} is saved: run again")
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _any(trainer, self.told):  # since the last batch, after which nothing is saved
+            raise TransientError("told to end; what was saved last stands: run again")
+
     def _due(self, trainer: pl.Trainer) -> bool:
         if self.every.steps is not None and trainer.global_step % self.every.steps == 0:
             return True

@@ -249,32 +249,35 @@ def _share(values: npt.NDArray[Any], rows: npt.NDArray[np.bool_]) -> float | Non
 
 
 def apart(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How far the values of a slice lie apart, largest less smallest, where there are enough rows:
-    in the share that is flagged (demographic parity), that is caught (equal opportunity), of false
-    alarms (with that, equalised odds; Hardt et al., "Equality of Opportunity in Supervised
-    Learning", 2016), and in how far the mean prediction is from the mean label.
+    """How far the values of a slice lie apart, largest less smallest of those with FEW rows or more
+    (null of fewer than two): in the share that is flagged (demographic parity), that is caught
+    (equal opportunity), of false alarms (with that, equalised odds; Hardt et al., "Equality of
+    Opportunity in Supervised Learning", 2016), and in how far the mean prediction is from the mean
+    label.
     """
     many = {name: held for name, held in values.items() if held["rows"] >= FEW}
-    found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many)}
+    found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many), "few": FEW}
     for figure in ("flagged", "caught", "false_alarms"):
         shares = [held[figure] for held in many.values() if held.get(figure) is not None]
-        found[figure] = round(max(shares) - min(shares), metrics.DIGITS) if shares else None
+        found[figure] = round(max(shares) - min(shares), metrics.DIGITS) if shares[1:] else None
     gaps = [held["mean_prediction"] - held["mean_label"] for held in many.values()]
-    found["calibration"] = round(max(gaps) - min(gaps), metrics.DIGITS) if gaps else None
+    found["calibration"] = round(max(gaps) - min(gaps), metrics.DIGITS) if gaps[1:] else None
     return found
 
 
 def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> list[dict[str, Any]]:
     """What must hold of the mean risk when a column is changed, on every test row."""
     before = mean_risk(model, test)
+    # A probability by its own measure, a number by how far the labels spread.
+    unit = test.labels.std() if model.encoding.target.task == "regression" else 1.0
     checks = []
     for name, added in dataset.behaviour.raises.items():
         after = mean_risk(model, test, add=added)
         checks.append({"name": name, "before": before, "after": after, "passed": after >= before})
     for name, columns in dataset.behaviour.missing.items():
         after = mean_risk(model, test, missing=columns)
-        passed = abs(after - before) <= limits.max_missing_shift
-        checks.append({"name": name, "before": before, "after": after, "passed": passed})
+        passed = abs(after - before) <= unit * limits.max_missing_shift
+        checks.append({"name": name, "before": before, "after": after, "passed": bool(passed)})
     return checks
 
 
@@ -311,7 +314,8 @@ def judge(outcome: dict[str, Any], task: metrics.Task, limits: Evaluate) -> dict
             f"calibration error {gap:.4f} is above "
             f"evaluate.max_calibration_error = {limits.max_calibration_error}"
         )
-    for name, sign in task.better.items():
+    for name in task.compared:
+        sign = metrics.sign(name)
         end, side = ("low", "below") if sign > 0 else ("high", "above")
         value, reached = model[name]["value"], boosted[name][end]
         if sign * value < sign * reached:

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 
 from pipelines import metrics, stage, tracking
@@ -154,22 +155,7 @@ def _descend(
     best, saving = _Best(), Checkpoints(folder, fit.checkpoint)
     progress = _Progress(len(train), task.told)
     ours = [EarlyStopping("val_loss", patience=fit.patience), best, progress, saving]
-    trainer = pl.Trainer(
-        accelerator=fit.trainer.accelerator,
-        devices=fit.trainer.devices,
-        num_nodes=fit.trainer.nodes,
-        precision=fit.trainer.precision,
-        max_epochs=fit.max_epochs,
-        deterministic=True,
-        callbacks=[*ours, *watching],
-        plugins=[Plain()],
-        enable_checkpointing=False,
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-    )
+    trainer = _trainer(fit, [*ours, *watching], logger)
     if fit.trainer.compile:
         network.head.compile(dynamic=True)  # the last batch is smaller
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
@@ -180,6 +166,30 @@ def _descend(
     network.head.load_state_dict(best.weights)
     network.cpu()
     return progress.epochs
+
+
+def _trainer(fit: Fit, callbacks: list[pl.Callback], logger: Any) -> pl.Trainer:
+    """Raises UserError where the hardware is not there."""
+    try:
+        return pl.Trainer(
+            accelerator=fit.trainer.accelerator,
+            devices=fit.trainer.devices,
+            num_nodes=fit.trainer.nodes,
+            precision=fit.trainer.precision,
+            max_epochs=fit.max_epochs,
+            deterministic=True,
+            callbacks=callbacks,
+            plugins=[Plain()],
+            enable_checkpointing=False,
+            logger=logger,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+        )
+    except MisconfigurationException as error:
+        asked = f"{fit.trainer.devices} {fit.trainer.accelerator}"
+        raise UserError(f"fit.trainer asks for {asked}: {' '.join(str(error).split())}") from None
 
 
 def _steps(train: Rows, fit: Fit) -> int:

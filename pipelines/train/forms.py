@@ -172,7 +172,7 @@ def scorer(model: onnx.ModelProto, contract: Contract, threads: int = 0) -> bund
 def page(choice: Choice) -> str:
     """How the forms compare, as a table in Markdown."""
     names = [name for name in choice.figures[PLAIN] if name not in ("bytes", "within")]
-    head = ["form", "bytes", *(f"ms, {rows:,} rows" for rows in ASKED)]
+    head = ["form", "bytes", *(f"ms, rows: {rows:,}" for rows in ASKED)]
     head += [*map(metrics.title, names), "within", "packaged"]
     lines = []
     for form, held in choice.figures.items():

@@ -105,7 +105,38 @@ def test_a_model_that_did_not_pass_says_why(judged: Checkout) -> None:
     verdict = json.loads(path.read_text())
     stage.write_json(path, verdict | {"passed": False, "reasons": ["AUC 0.2 is below", "more"]})
     card.run(judged.params())
-    assert "**AUC 0.2 is below; more**" in card.CARD.read_text()
+    assert "it **did not pass**: AUC 0.2 is below; more." in card.CARD.read_text()
+
+
+def test_it_asks_the_question_of_its_target(judged: Checkout) -> None:
+    card.run(judged.params())
+    assert "more than 15 minutes late" in card.CARD.read_text()
+    minutes = {"column": "minutes", "task": "regression", "classes": []}
+    judged.set(dataset={"target": minutes})
+    card.run(judged.params())
+    assert "How many minutes late" in card.CARD.read_text()
+    judged.set(dataset={"target": minutes | {"column": "hours"}})
+    with pytest.raises(UserError, match=r"contract\.yaml: purpose: hours, which dataset\.target"):
+        card.run(judged.params())
+
+
+def test_it_says_where_the_baseline_is_surely_better(judged: Checkout) -> None:
+    path = judged.folder / "reports" / "evaluate" / "verdict.json"
+    verdict = json.loads(path.read_text())
+    better = {"auc": 0.4, "ap": 0.6, "log_loss": 0.6, "brier": 0.4, "calibration_error": 0.505}
+    figures = {name: _interval(value) for name, value in better.items()}
+    stage.write_json(path, verdict | {"metrics": figures})
+    card.run(judged.params())
+    assert "Gradient boosting is surely better in AUC, log loss." in card.CARD.read_text()
+
+
+def test_of_few_rows_nothing_is_said(judged: Checkout) -> None:
+    path = judged.folder / "reports" / "evaluate" / "verdict.json"
+    verdict = json.loads(path.read_text())
+    verdict["slices"]["origin"]["JFK"] = verdict["slices"]["origin"]["EWR"] | {"rows": 499}
+    stage.write_json(path, verdict)
+    card.run(judged.params())
+    assert "| JFK | 499 |  |  |  |  |" in card.CARD.read_text()
 
 
 def test_a_contract_without_limits_is_one_line(
@@ -124,7 +155,7 @@ def test_slices_that_are_alike_do_not_lie_apart() -> None:
     values = np.repeat(["a", "b"], 1000)
     found = evaluate.apart(evaluate.cut(label, probability, values, "binary", 0.5))
     assert found == {
-        "values": 2, "left_out": 0,
+        "values": 2, "left_out": 0, "few": 500,
         "flagged": 0.0, "caught": 0.0, "false_alarms": 0.0, "calibration": 0.0,
     }  # fmt: skip
     # All of b is flagged: those of the label already were, and a third of the others.
@@ -133,4 +164,5 @@ def test_slices_that_are_alike_do_not_lie_apart() -> None:
     assert (apart["flagged"], apart["caught"]) == (0.5, 0.0)
     assert apart["false_alarms"] == pytest.approx(2 / 3, abs=1e-6)
     few = np.append(np.repeat("a", 1999), "b")
-    assert evaluate.apart(evaluate.cut(label, probability, few, "binary", 0.5))["left_out"] == 1
+    alone = evaluate.apart(evaluate.cut(label, probability, few, "binary", 0.5))
+    assert (alone["left_out"], alone["flagged"], alone["calibration"]) == (1, None, None)

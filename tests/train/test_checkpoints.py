@@ -1,15 +1,18 @@
 """A fit that is killed goes on where it stood: the bytes are those of one that was not."""
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,7 +20,8 @@ from train.fits import FIT, past_an_epoch, saved, somewhere
 from world import Checkout
 
 from pipelines import stage
-from pipelines.train import checkpoints, fitted
+from pipelines.errors import TransientError
+from pipelines.train import checkpoints, data, fit, fitted
 from pipelines.train.data import Rows
 from pipelines.train.module import Batches
 
@@ -145,6 +149,24 @@ def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
     step = int(newest.stem)
     assert err.splitlines()[-1] == f"fit: fault: told to end; step {step} is saved: run again"
     assert _fitted(long) == expected
+
+
+def test_told_to_end_in_the_last_moment_it_does_not_end_as_if_it_were_done(
+    features: Checkout,
+) -> None:
+    """With one batch an epoch no step is followed by another, and none is saved."""
+
+    class Told(pl.Callback):
+        def on_validation_start(self, *_: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    features.set(fit={"model": "logistic", "max_epochs": 1, "batch_size": 10**6})
+    params = features.params()
+    names = params.dataset.features
+    encoding = data.learn(names.categories, names.numbers, params.dataset.target)
+    train, val = (data.materialise(encoding, one, Path("rows")) for one in ("train", "val"))
+    with pytest.raises(TransientError, match="told to end; what was saved last stands: run again"):
+        fit.train_model(encoding, train, val, params.fit, Path("saved"), watching=[Told()])
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "empty"])

@@ -134,6 +134,14 @@ def test_a_compiled_network_learns_the_same(features: Checkout) -> None:
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(features: Checkout) -> None:
+    features.set(fit={"trainer": {"accelerator": "gpu"}})
+    with pytest.raises(UserError, match=r"^fit\.trainer asks for 1 gpu: No supported gpu"):
+        fit.run(features.params())
+    assert not fitted.FOLDER.exists()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_gpu_learns_what_the_processor_learns(features: Checkout, precision: str) -> None:
