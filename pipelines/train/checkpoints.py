@@ -170,7 +170,15 @@ class Checkpoints(pl.Callback):
                 raise TransientError(f"told to end; step {step} is saved: run again")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _any(trainer, self.told):  # since the last batch, after which nothing is saved
+        if trainer.num_training_batches == 1:
+            self._end(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        """Where no batch follows after which it could be saved."""
+        if _any(trainer, self.told):
             raise TransientError("told to end; what was saved last stands: run again")
 
     def _due(self, trainer: pl.Trainer) -> bool:

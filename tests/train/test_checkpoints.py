@@ -151,16 +151,19 @@ def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
     assert _fitted(long) == expected
 
 
+@pytest.mark.parametrize(("epochs", "batch"), [(1, 64), (50, 10**6)])
 def test_told_to_end_in_the_last_moment_it_does_not_end_as_if_it_were_done(
-    features: Checkout,
+    features: Checkout, epochs: int, batch: int
 ) -> None:
-    """With one batch an epoch no step is followed by another, and none is saved."""
+    """In the last validation, and with one batch an epoch, no batch follows after which it could
+    be saved.
+    """
 
     class Told(pl.Callback):
         def on_validation_start(self, *_: object) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    features.set(fit={"model": "logistic", "max_epochs": 1, "batch_size": 10**6})
+    features.set(fit={"model": "logistic", "max_epochs": epochs, "batch_size": batch})
     params = features.params()
     names = params.dataset.features
     encoding = data.learn(names.categories, names.numbers, params.dataset.target)
