@@ -46,6 +46,8 @@ LARGEST = {CONTRACT: 1 << 20, MODEL: 1 << 28, REFERENCE: 1 << 26}
 # A column's type in the contract, and in ONNX.
 TYPES = {"string": 8, "float32": 1}
 DOMAINS = ("", "ai.onnx.ml")
+# The largest number that a float32 holds, and so a row.
+MAX_NUMBER = float(np.finfo(np.float32).max)
 # All values inside the network together have no more elements for one row: a small file can ask for
 # much memory, and a service is asked for a thousand rows at once.
 ELEMENTS = 1 << 18

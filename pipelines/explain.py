@@ -32,7 +32,6 @@ from pipelines.params import Params
 ORDERS = 64
 SEED = 7
 DIGITS = 6
-LARGEST = float(np.finfo(np.float32).max)
 KINDS = {"string": pa.string(), "float32": pa.float32()}
 Floats = npt.NDArray[np.float64]
 
@@ -104,7 +103,7 @@ def _is(value: Any, kind: pa.DataType) -> bool:
     if value is None or kind == pa.string():
         return isinstance(value, str | None)
     # NaN is at most nothing.
-    return type(value) in (int, float) and abs(value) <= LARGEST
+    return type(value) in (int, float) and abs(value) <= bundle.MAX_NUMBER
 
 
 def explain(scorer: Scorer, row: pa.Table, reference: pa.Table, orders: int = ORDERS) -> Explained:

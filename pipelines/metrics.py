@@ -200,6 +200,11 @@ def sign(name: str) -> int:
     return 1 if name in ("auc", "ap", "accuracy") else -1
 
 
+def ends(name: str) -> tuple[str, str]:
+    """The worse end of a figure's interval, and the better one."""
+    return ("low", "high") if sign(name) > 0 else ("high", "low")
+
+
 def title(name: str) -> str:
     """A figure's name as people write it."""
     return name.upper() if name in ("auc", "ap", "rmse", "mae") else name.replace("_", " ")

@@ -216,7 +216,7 @@ class Checkpoint(_Block):
 
 class Boosting(_Block):
     """How trees are grown. features: the share of them among which each node chooses. rows: of more
-    train rows, so many are seen, evenly spaced.
+    train or validation rows, so many are seen of each, evenly spaced.
     """
 
     rounds: Positive

@@ -127,11 +127,9 @@ def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
         return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
     names = metrics.TASKS[verdict["task"]].names
-    lines = [
-        [metrics.title(name), told(verdict["metrics"][name]), told(verdict["baseline"][name])]
-        for name in names
-    ]
-    worse = [metrics.title(name) for name in names if _is_worse(verdict, name)]
+    ours, boosted = verdict["metrics"], verdict["baseline"]
+    lines = [[metrics.title(name), told(ours[name]), told(boosted[name])] for name in names]
+    worse = [metrics.title(name) for name in names if _is_worse(name, ours[name], boosted[name])]
     said = f" Gradient boosting is surely better in {', '.join(worse)}." if worse else ""
     return [
         *_section("Figures"),
@@ -143,12 +141,10 @@ def _figures(verdict: Verdicts, made: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_worse(verdict: Verdicts, name: str) -> bool:
+def _is_worse(name: str, model: Mapping[str, float], baseline: Mapping[str, float]) -> bool:
     """Whether the whole interval of the baseline is better than that of the model."""
-    model, baseline = (verdict[who][name] for who in ("metrics", "baseline"))
-    if metrics.sign(name) > 0:
-        return bool(model["high"] < baseline["low"])
-    return bool(model["low"] > baseline["high"])
+    bad, good = metrics.ends(name)
+    return metrics.sign(name) * (model[good] - baseline[bad]) < 0
 
 
 def _form(made: Mapping[str, Any]) -> str:
@@ -185,7 +181,7 @@ def _slices(verdict: Verdicts, threshold: float | None) -> Iterator[str]:
         for column, gaps in verdict["fairness"].items()
     ]
     header = ["cut by", *names.values()]
-    few = max((gaps["few"] for gaps in verdict["fairness"].values()), default=0)
+    few = verdict["few"]
     yield from _section("How far slices lie apart")
     yield (
         f"The largest value less the smallest, of those with {few} rows or more; of fewer nothing "

@@ -77,6 +77,7 @@ def run(params: Params) -> None:
         "months": cut(label, prediction, months, task.name, threshold),
         "slices": sliced,
         "fairness": {name: apart(values) for name, values in sliced.items()},
+        "few": FEW,
         "behaviour": behaviour,
         "canary": {"auc": round(canary, 4), "allowed": params.evaluate.leak_auc},
         "reliability": metrics.reliability(
@@ -256,7 +257,7 @@ def apart(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     label.
     """
     many = {name: held for name, held in values.items() if held["rows"] >= FEW}
-    found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many), "few": FEW}
+    found: dict[str, Any] = {"values": len(many), "left_out": len(values) - len(many)}
     for figure in ("flagged", "caught", "false_alarms"):
         shares = [held[figure] for held in many.values() if held.get(figure) is not None]
         found[figure] = round(max(shares) - min(shares), metrics.DIGITS) if shares[1:] else None
@@ -315,10 +316,10 @@ def judge(outcome: dict[str, Any], task: metrics.Task, limits: Evaluate) -> dict
             f"evaluate.max_calibration_error = {limits.max_calibration_error}"
         )
     for name in task.compared:
-        sign = metrics.sign(name)
-        end, side = ("low", "below") if sign > 0 else ("high", "above")
+        end, _ = metrics.ends(name)
         value, reached = model[name]["value"], boosted[name][end]
-        if sign * value < sign * reached:
+        if metrics.sign(name) * (value - reached) < 0:
+            side = "below" if value < reached else "above"
             what = f"the baseline's interval, whose {end} end is {reached:.4f}"
             reasons.append(f"{name} {value:.4f} is {side} {what}")
     reasons += [

@@ -120,23 +120,26 @@ def train_model(
     objective = objectives.of(encoding.target, train.arrays[2])
     task = metrics.TASKS[encoding.target.task]
     network, trees = models.parts(model)
+    grown = None if stage.RANK else trees
     curves, loss = list[Figures](), math.inf
     if network is not None:
         curves = _descend(network, task, objective, (train, val), fit, folder, logger, watching)
         best = min(curves, key=lambda epoch: epoch["val_loss"])
         loss = best["val_loss"]
         stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {loss:.4f}")
-    if trees is not None and not stage.RANK:
-        if not len(trees):
-            stage.say("fit", f"boosting on {len(train):,} rows")
-            trees.grow(train, val, objective, fit)
-        figures = fitted.judged(model, task, objective, val)
+    if grown is not None and not len(grown):
+        stage.say("fit", f"boosting on {len(train):,} rows")
+        grown.grow(train, val, objective, fit)
+    mean = fitted.said(model, objective, val)
+    if grown is not None:
+        figures = fitted.judged(mean, val.labels, task, objective)
         loss = figures["val_loss"]
-        curves.append({"trees": len(trees)} | figures)
+        curves.append({"trees": len(grown)} | figures)
         if logger:
             logger.log_metrics(figures, step=_steps(train, fit))
-        stage.say("fit", f"with {len(trees)} trees the validation loss is {loss:.4f}")
-    return Trained(Fitted(fitted.calibrate(model, objective, val), encoding), curves, loss)
+        stage.say("fit", f"with {len(grown)} trees the validation loss is {loss:.4f}")
+    calibrated = fitted.calibrate(model, objective, mean, val.labels)
+    return Trained(Fitted(calibrated, encoding), curves, loss)
 
 
 def _descend(

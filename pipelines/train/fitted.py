@@ -18,7 +18,7 @@ from pipelines.train import models, objectives
 from pipelines.train.data import Encoding, Rows
 from pipelines.train.models import Model
 from pipelines.train.models.inputs import Inputs
-from pipelines.train.objectives import Objective
+from pipelines.train.objectives import Floats, Objective
 
 FOLDER = Path("models/fit")
 WEIGHTS, DESCRIPTION, CURVES = "weights.safetensors", "fit.json", "curves.json"
@@ -40,11 +40,8 @@ class Calibrated(nn.Module):
         self.register_buffer("shift", torch.zeros(shape))
 
     def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return self.objective.answer(self.scale * self.score(codes, numbers) + self.shift)
-
-    def score(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Before calibration."""
-        return self.objective.score(self.objective.mean(self.model(codes, numbers)))
+        score = self.objective.score(self.objective.mean(self.model(codes, numbers)))
+        return self.objective.answer(self.scale * score + self.shift)
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,29 @@ class Fitted:
 
 
 @torch.inference_mode()
-def judged(model: Model, task: metrics.Task, objective: Objective, rows: Rows) -> dict[str, float]:
-    """The figures of `rows` that are told of every epoch, before calibration."""
+def said(model: Model, objective: Objective, rows: Rows) -> torch.Tensor:
+    """What the members say in the mean of every row, before calibration."""
     model.eval()
-    said = [objective.mean(model(codes, numbers)) for codes, numbers, _ in rows.batches()]
-    known = objective.known(torch.from_numpy(rows.labels)).numpy()
-    found = metrics.point(known, torch.cat(said).numpy(), task.name)
+    return torch.cat(
+        [objective.mean(model(codes, numbers)) for codes, numbers, _ in rows.batches()]
+    )
+
+
+def judged(
+    mean: torch.Tensor, labels: Floats, task: metrics.Task, objective: Objective
+) -> dict[str, float]:
+    """The figures that are told of every epoch, of what was `said`."""
+    known = objective.known(torch.from_numpy(labels)).numpy()
+    found = metrics.point(known, mean.numpy(), task.name)
     return {
         f"val_{name}": found[figure] for name, figure in (("loss", task.loss), (task.told,) * 2)
     }
 
 
-@torch.inference_mode()
-def calibrate(model: Model, objective: Objective, rows: Rows) -> Calibrated:
-    """Fit scale and shift of the score on `rows`."""
+def calibrate(model: Model, objective: Objective, mean: torch.Tensor, labels: Floats) -> Calibrated:
+    """Fit scale and shift of the score to the labels of rows of which the model said `mean`."""
     calibrated = Calibrated(model.eval(), objective)
-    scores = [calibrated.score(codes, numbers) for codes, numbers, _ in rows.batches()]
-    scale, shift = objective.calibrate(torch.cat(scores).double().numpy(), rows.labels)
+    scale, shift = objective.calibrate(objective.score(mean).double().numpy(), labels)
     calibrated.scale.fill_(scale)
     calibrated.shift.copy_(torch.as_tensor(shift))
     return calibrated

@@ -117,7 +117,7 @@ def compared(losses: dict[str, list[float]], seeds: list[int]) -> dict[str, Any]
     surely = gain - T * statistics.stdev(gains) / math.sqrt(len(gains))
     means = {who: round(statistics.fmean(some), DIGITS) for who, some in losses.items()}
     figures = (
-        f"validation log loss {means['best']:.4f}, with the present values {means['present']:.4f} "
+        f"validation loss {means['best']:.4f}, with the present values {means['present']:.4f} "
         f"(means of seeds {', '.join(map(str, seeds))}; lower by {gain:.4f}, with 95 % confidence "
         f"by {surely:.4f})"
     )
@@ -148,7 +148,7 @@ def message(verdict: dict[str, Any]) -> str:
         "",
         *(f"  {key}: {old} -> {new}" for key, (old, new) in changes.items()),
         "",
-        f"Validation log loss, mean and each of the seeds {', '.join(map(str, verdict['seeds']))}:",
+        f"Validation loss, mean and each of the seeds {', '.join(map(str, verdict['seeds']))}:",
         "",
         *table,
         "",
@@ -181,7 +181,7 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
     for one in verdict["trials"]:
         if one["state"] == "pruned":
             first.axvline(one["number"], color="0.9", zorder=0)
-    first.set(title="Trials (grey: pruned)", xlabel="trial", ylabel="validation log loss")
+    first.set(title="Trials (grey: pruned)", xlabel="trial", ylabel="validation loss")
     first.legend()
     ranges, choices = verdict["space"]["ranges"], verdict["space"]["choices"]
     for key, axes in zip(keys, others, strict=False):

@@ -18,7 +18,9 @@ def test_the_teachers_probabilities_stand_for_labels_and_nothing_else_changes(
     train = data.materialise(encoding, "train", features.folder / "rows")
     torch.manual_seed(0)
     network = models.build(Inputs.of(encoding, train), params.fit)
-    teacher = Fitted(fitted.calibrate(network, objectives.Binary(), train), encoding)
+    mean = fitted.said(network, objectives.Binary(), train)
+    calibrated = fitted.calibrate(network, objectives.Binary(), mean, train.labels)
+    teacher = Fitted(calibrated, encoding)
     taught = distillation.taught(teacher, train, features.folder / "taught")
     np.testing.assert_array_equal(taught.arrays[2], teacher.predict(train))
     for before, after in zip(train.arrays[:2], taught.arrays[:2], strict=True):

@@ -225,7 +225,7 @@ def test_a_winner_is_a_commit_of_its_values_alone(tunable: Checkout) -> None:
     rate = tunable.params().fit.learning_rate
     assert path.read_text() == old.replace("1.0e-06   # slow", f"{winner.written(rate)}   # slow")
     assert f"\n+  learning_rate:  {winner.written(rate)}   # slow\n" in ended.out
-    assert "tune: better: validation log loss" in ended.out
+    assert "tune: better: validation loss" in ended.out
     assert git("show", "--name-only", "--format=", "HEAD") == "params.yaml"
     assert git("status", "--porcelain") == "A  other"
     said, found = git("log", "-1", "--format=%B"), verdict()

@@ -15,10 +15,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.bundle import MAX_NUMBER
 from pipelines.deploy.serve.refusal import Refusal
 
-# The largest number that the model's float32 holds.
-LARGEST = float(np.finfo(np.float32).max)
 # `records` is the only key of the form with many, so it is also the first.
 _MANY = re.compile(rb'\s*\{\s*"records"\s*:')
 _AT = re.compile(r" - at `\$(?:\.records\[(\d+)\])?(?:\.(.+))?`$")
@@ -29,7 +28,7 @@ _WANTED = {
 }
 # What a column's value may be in JSON.
 TEXT = str | None
-NUMBER = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)] | None
+NUMBER = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)] | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Contract:
     @cached_property
     def schema(self) -> dict[str, Any]:
         """A record as JSON Schema."""
-        number = {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST}
+        number = {"type": ["number", "null"], "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
         text = {"type": ["string", "null"]}
         return {
             "type": "object",

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from pipelines.deploy.serve.contract import LARGEST, NUMBER, TEXT, Columns, Contract
+from pipelines.bundle import MAX_NUMBER
+from pipelines.deploy.serve.contract import NUMBER, TEXT, Columns, Contract
 from pipelines.deploy.serve.refusal import Refusal
 
 DATATYPES = {"string": "BYTES", "float32": "FP32"}
@@ -138,7 +139,7 @@ _PARAMETERS = {"type": "object"}
 
 
 def _tensor(name: str, kind: str) -> dict[str, Any]:
-    number = {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST}
+    number = {"type": ["number", "null"], "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
     value = {"type": ["string", "null"]} if kind == "string" else number
     return {
         "type": "object",

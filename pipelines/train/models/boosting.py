@@ -148,12 +148,11 @@ def _means(codes: npt.NDArray[np.int32], labels: Doubles, shape: tuple[int, ...]
 
 def _matrix(rows: Rows, some: npt.NDArray[np.int64], means: Floats) -> Doubles:
     """Shape (some, categories + numbers); in float64, of which scikit-learn makes no copy."""
-    codes, numbers = rows.arrays[:2]
-    matrix = np.empty((len(some), len(means) + numbers.shape[1]))
+    matrix = np.empty((len(some), len(means) + rows.arrays[1].shape[1]))
     for at in range(0, len(some), BATCH):
-        part = some[at : at + BATCH]
-        matrix[at : at + BATCH, : len(means)] = means[np.arange(len(means)), codes[part]]
-        matrix[at : at + BATCH, len(means) :] = numbers[part]
+        codes, numbers, _ = rows.take(some[at : at + BATCH])
+        matrix[at : at + BATCH, : len(means)] = means[np.arange(len(means)), codes.numpy()]
+        matrix[at : at + BATCH, len(means) :] = numbers.numpy()
     return matrix
 
 
