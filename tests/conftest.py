@@ -37,8 +37,6 @@ def _quiet_and_offline() -> None:
     # What Python leaves beside its sources must change nothing.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "RUST_LOG": "error"}
-    # Threads that wait must not spin on the cores that other tests need.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # A JVM that lives for seconds gains nothing from its second compiler.
     os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
 
