@@ -89,15 +89,34 @@ def _adding_up(model: onnx.ModelProto) -> None:
         model.graph.node.append(more)
 
 
-def _dequantizing(model: onnx.ModelProto) -> None:
-    """A megabyte of integers, a hundred times as floats."""
+def _small(model: onnx.ModelProto) -> None:
+    """A megabyte of integers."""
     raw = bytes(1 << 20)
     tensor = helper.make_tensor("small", TensorProto.INT8, [1 << 20], raw, raw=True)
     scale = helper.make_tensor("step", TensorProto.FLOAT, [], [1.0])
     model.graph.initializer.extend([tensor, scale])
+
+
+def _dequantizing(model: onnx.ModelProto) -> None:
+    """A hundred times as floats."""
+    _small(model)
     for number in range(100):
         node = helper.make_node("DequantizeLinear", ["small", "step"], [f"large{number}"])
         model.graph.node.append(node)
+
+
+def _casting(model: onnx.ModelProto) -> None:
+    _small(model)
+    for number in range(100):
+        node = helper.make_node("Cast", ["small"], [f"large{number}"], to=TensorProto.FLOAT)
+        model.graph.node.append(node)
+
+
+def _casting_to_more(model: onnx.ModelProto) -> None:
+    """Once, and each byte is a text of its own."""
+    _small(model)
+    text = helper.make_node("Cast", ["small"], ["texts"], to=TensorProto.STRING)
+    model.graph.node.append(text)
 
 
 def _by_data(model: onnx.ModelProto) -> None:
@@ -168,6 +187,8 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a constant in ten steps": _model(_repeating),
     "values that add up": _model(_adding_up),
     "weights that unfold": _model(_dequantizing),
+    "weights that are cast": _model(_casting),
+    "weights that become texts": _model(_casting_to_more),
     "a size that the caller says": _model(_by_data),
     "a sparse tensor of terabytes": _model(_sparse),
     "a tensor that says more than it holds": _model(

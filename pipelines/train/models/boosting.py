@@ -65,7 +65,7 @@ class Trees(nn.Module):
     def forward(self, codes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         features = self._features(codes, numbers)
         went_left = (F.embedding(self.columns, features) <= self.cuts).float()
-        reached = (self.paths @ went_left == self.lefts).float()
+        reached = (self.paths.float() @ went_left == self.lefts).float()
         # Products so far are of whole numbers, or have one summand: exact, in whatever order. This
         # sum is not: its order must not depend on the number of rows, as a product's does.
         said = (self.leaves @ reached).squeeze(2).sum(dim=1)
@@ -166,7 +166,7 @@ def _tensors(
     held: dict[str, npt.NDArray[Any]] = {
         "columns": np.zeros((*shape, nodes), np.int64),
         "cuts": np.zeros((*shape, nodes, 1), np.float32),
-        "paths": np.zeros((*shape, leaves, nodes), np.float32),
+        "paths": np.zeros((*shape, leaves, nodes), np.int8),
         # No row went left less often than never: what a tree has no leaf for is never reached.
         "lefts": np.full((*shape, leaves, 1), -1, np.float32),
         "leaves": np.zeros((*shape, 1, leaves), np.float32),
@@ -174,7 +174,7 @@ def _tensors(
     for number, tree in enumerate(trees):
         at = number % width, number // width
         inner, leaf = (np.flatnonzero(tree["is_leaf"] == is_leaf) for is_leaf in (0, 1))
-        path = np.zeros((len(tree), nodes), np.float32)
+        path = np.zeros((len(tree), nodes), np.int8)
         for place, parent in enumerate(inner):
             for side, child in ((1, tree["left"][parent]), (-1, tree["right"][parent])):
                 path[child] = path[parent]
