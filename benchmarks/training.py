@@ -1,25 +1,27 @@
 """training: rows a second of `fit` beside a bare loop over tensors in memory; in little memory.
 
-Needs data/features (make run). In one run, turn about: the stage's own training (Lightning, arrays
-mapped from disk, figures of an epoch) and the same network, loss, optimiser and schedule in twenty
-lines of PyTorch. The first epoch of each warms up and does not count. Then the rows of many
-years, with less memory for a process's own data than they take.
+Needs data/features (make run). In one process, turn about every few steps, so that both have the
+same machine: the stage's own training (Lightning, arrays mapped from disk, figures of an epoch, a
+checkpoint where one is due) and the same network, loss, optimiser and schedule in twenty lines of
+PyTorch. Turns of the first epoch warm up and do not count. Then the rows of many years, with less
+memory for a process's own data than they take.
 Run: python benchmarks/training.py [MODEL …]
 """
 
 import io
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
@@ -33,11 +35,12 @@ from pipelines.train.models.inputs import Inputs
 from pipelines.train.module import TaskModule
 
 ROOT = Path(__file__).parent.parent
-# The epochs of each that take some seconds.
-MODELS = {"mlp": 4, "tabm": 3, "logistic": 40}
-ROUNDS = 5
+# The epochs of each that take a minute or two.
+MODELS = {"mlp": 40, "tabm": 30, "logistic": 300}
+STEPS = 20  # of a turn
 # The rows so many times over, and the bytes that training may hold of its own.
 TIMES, LIMIT = 20, 1_500_000_000
+Doubles = npt.NDArray[np.float64]
 
 
 def main() -> None:
@@ -52,60 +55,69 @@ def main() -> None:
         train, val = (data.materialise(encoding, s, Path(folder)) for s in ("train", "val"))
         val = first(val, 2048)  # judging the epoch is no training
         for name in sys.argv[1:] or MODELS:
-            one = params.fit.model_copy(update={"model": name, "patience": 99})
-            speeds: dict[str, list[float]] = {"fit": [], "bare": []}
-            whole, loop = (
-                partial(ours, encoding, train, val, one),
-                partial(bare, encoding, train, one),
+            epochs = MODELS[name] + 1
+            one = params.fit.model_copy(
+                update={"model": name, "patience": epochs, "max_epochs": epochs}
             )
-            for _ in range(ROUNDS):
-                speeds["fit"].append(MODELS[name] * len(train) / whole(1 + MODELS[name]))
-                speeds["bare"].append(MODELS[name] * len(train) / loop(1 + MODELS[name]))
-            ours_, bare_ = (statistics.median(speeds[who]) for who in ("fit", "bare"))
-            ratios = [a / b for a, b in zip(speeds["fit"], speeds["bare"], strict=True)]
-            told = f"{statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
-            print(f"{name:<10}{ours_:>10,.0f} rows/s{bare_:>10,.0f} bare   {told}", flush=True)
+            spent = turns(encoding, train, val, one)
+            rows = STEPS * one.batch_size * len(spent)
+            speeds = " ".join(f"{rows / seconds:>10,.0f}" for seconds in spent.sum(axis=0))
+            low, high = interval(spent)
+            told = f"{ratio(spent):.3f}, {low:.3f} to {high:.3f}"
+            print(f"{name:<10} rows/s, bare: {speeds}   {told}", flush=True)
     command = [sys.executable, __file__, "little"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-class Stopwatch(pl.Callback):
-    """When each epoch began, and the last ended."""
+class Turns(pl.Callback):
+    """Whenever the stage has taken STEPS steps, so many of the bare loop; the seconds of both."""
 
-    def __init__(self) -> None:
-        self.times = list[float]()
+    def __init__(self, loop: Iterator[None]) -> None:
+        self.loop, self.begun, self.spent = loop, time.perf_counter(), list[tuple[float, float]]()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.times.append(time.perf_counter())
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % STEPS:
+            return
+        between = time.perf_counter()
+        for _ in range(STEPS):
+            next(self.loop)
+        ended = time.perf_counter()
+        self.spent.append((between - self.begun, ended - between))
+        self.begun = time.perf_counter()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.times.append(time.perf_counter())
 
-
-def ours(encoding: Encoding, train: Rows, val: Rows, options: Fit, epochs: int) -> float:
-    """Seconds of the epochs after the first."""
-    options = options.model_copy(update={"max_epochs": epochs})
-    watch = Stopwatch()
+def turns(encoding: Encoding, train: Rows, val: Rows, options: Fit) -> Doubles:
+    """Seconds of the stage and of the bare loop, shape (turns, 2), after the first epoch."""
+    fit.repeatable(options)
+    watching = Turns(bare(encoding, train, options))
     with tempfile.TemporaryDirectory() as saved, redirect_stdout(io.StringIO()):
-        fit.train_model(encoding, train, val, options, Path(saved), watching=[watch])
-    return watch.times[-1] - watch.times[1]
+        fit.train_model(encoding, train, val, options, Path(saved), watching=[watching])
+    return np.array(watching.spent)[-(-len(train) // options.batch_size // STEPS) :]
 
 
-def bare(encoding: Encoding, train: Rows, options: Fit, epochs: int) -> float:
-    """Seconds of the epochs after the first."""
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.trainer.threads)
+def ratio(spent: Doubles) -> float:
+    """Rows a second of the stage over those of the bare loop."""
+    stage, bare_ = spent.sum(axis=0)
+    return float(bare_ / stage)
+
+
+def interval(spent: Doubles) -> Doubles:
+    """Of the ratio: 95 %, by a bootstrap of the turns."""
+    drawn = np.random.default_rng(0).integers(0, len(spent), (2000, len(spent)))
+    return np.quantile([ratio(spent[some]) for some in drawn], (0.025, 0.975))
+
+
+def bare(encoding: Encoding, train: Rows, options: Fit) -> Iterator[None]:
+    """Each step that is asked for."""
     network = models.build(Inputs.of(encoding, train), options)
     encoded = data.encode(network.encoder, train)
     codes, numbers, labels = (torch.from_numpy(np.array(array)) for array in encoded.arrays)
-    steps = epochs * -(-len(train) // options.batch_size)
+    steps = options.max_epochs * -(-len(train) // options.batch_size)
     objective = objectives.of(encoding.target)
     module = TaskModule(network.head, metrics.TASKS["binary"], objective, options, steps)
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    for epoch in range(epochs):
-        if epoch == 1:
-            begun = time.perf_counter()
+    while True:
         for batch in torch.randperm(len(train)).split(options.batch_size):
             logits = network.head(codes[batch], numbers[batch])
             wanted = labels[batch][:, None, None].expand_as(logits)
@@ -114,7 +126,7 @@ def bare(encoding: Encoding, train: Rows, options: Fit, epochs: int) -> float:
             loss.backward()
             optimizer.step()
             schedule.step()
-    return time.perf_counter() - begun
+            yield
 
 
 def first(rows: Rows, count: int) -> Rows:
