@@ -8,6 +8,9 @@ memory for a process's own data than they take.
 Run: python benchmarks/training.py [MODEL …]
 """
 
+import pipelines  # noqa: F401  before torch is: it says how threads wait
+
+# isort: split
 import io
 import os
 import resource

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,22 @@ def alone(lock: Path, otherwise: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def turn(lock: Path, waiting: str = "") -> Iterator[None]:
+    """Wait for the lock file, and hold it until the block ends. Where that takes time, `waiting` is
+    said.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, flush=True)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
 def taken(lock: Path) -> bool:
     """Whether a process holds the lock file in `alone`."""
     try:
@@ -226,21 +242,13 @@ def scratch(stage: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
+def _turn(path: Path) -> AbstractContextManager[None]:
     """Wait until no other process of this checkout writes there: a dvc that is killed leaves its
     stage at work, and who runs it again must not remove what that one writes.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     lock = STATE / "locks" / f"{path.name}.{name}"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes {path}", flush=True)
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+    return turn(lock, f"waiting for another process that writes {path}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import naming
 from pipelines.params import Params
-from pipelines.stage import STATE, lives, me
+from pipelines.stage import STATE, lives, me, turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,16 +53,12 @@ def _prepare(uri: str) -> None:
     MLflow builds its tables in many steps: killed between two, or joined by another process, it
     leaves a database that no later run can open.
     """
-    import fcntl
-
     import mlflow
 
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with turn(path.parent / "lock"):
         if not path.is_file():
             partial = path.with_name(f".{path.name}.partial")
             partial.unlink(missing_ok=True)

@@ -6,7 +6,6 @@
 Either writer may die at any moment: both files are whole or as they were.
 """
 
-import fcntl
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -122,9 +121,7 @@ def desired(folder: Path) -> Desired:
 
 def change(folder: Path, turn: Callable[[Desired], Desired]) -> None:
     """Replace what should be by what `turn` makes of it, one at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "desired.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with stage.turn(folder / "desired.lock"):
         before = desired(folder)
         after = turn(before)
         if after != before:

@@ -16,7 +16,6 @@ makes the folder of one device, whole: copied to the device it answers without a
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import shutil
@@ -175,9 +174,7 @@ class Edge:
         """Publish what `turn` makes of the channel, under the next number; nothing if nothing
         changed. One change at a time: two would have one number.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "channel.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with stage.turn(self.folder / "channel.lock"):
             before, after = self._channel(), self._channel()
             turn(after)
             if after == before:
