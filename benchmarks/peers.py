@@ -6,7 +6,6 @@ same expectations and writes the same months, sorted, with zstd.
 Run in a workspace: python benchmarks/peers.py duckdb|polars load|validate|featurize
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from pipelines import months
 from pipelines import params as parameters
 from pipelines.ingest import datasets, featurize, load, validate
-from pipelines.params import Params
+from pipelines.params import Params, Suite
 
 # The months whose features are asked for.
 ALL = {"first": "1900-01-01T00:00:00Z", "until": "2900-01-01T00:00:00Z"}
@@ -55,8 +54,7 @@ def broken(suite: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
 
 def suite(params: Params) -> list[dict[str, Any]]:
     path = validate.SUITES / f"{params.dataset.name}.json"
-    held: list[dict[str, Any]] = json.loads(path.read_text())["expectations"]
-    return held
+    return [one.model_dump(by_alias=True) for one in parameters.checked(path, Suite).expectations]
 
 
 # Functions of Spark that DuckDB lacks.

@@ -59,9 +59,13 @@ def load(params: Params) -> None:
         for (zone,), part in rows.partition_by("tzone", as_dict=True).items()
     )
     arrival = pl.col("sched_arr_time") // 100 * 60 + pl.col("sched_arr_time") % 100
-    told = pl.min_horizontal(as_of, pl.col("scheduled_at") + span(days=dataset.settle_days))
+    settled = pl.col("scheduled_at") + span(days=dataset.settle_days)
     rows = (
-        rows.with_columns(block_minutes=(arrival - pl.col("clock")) % 1440, told_before=told)
+        rows.with_columns(
+            block_minutes=(arrival - pl.col("clock")) % 1440,
+            told_before=pl.min_horizontal(as_of, settled),
+            settled_at=settled,
+        )
         .with_columns(
             departed_at=pl.col("scheduled_at") + span(minutes=pl.col("dep_delay")),
             arrived_at=pl.col("scheduled_at")
@@ -112,7 +116,10 @@ EVENTS = [
 
 
 def _until(name: str, moment: str) -> pl.Expr:
-    return pl.when(pl.col(moment) < pl.col("told_before")).then(pl.col(name)).alias(name)
+    told = pl.col(moment) < pl.col("told_before")
+    if name.endswith("_delay"):  # one that is too long for any flight is seen
+        told = told | (pl.col(moment) >= pl.col("settled_at"))
+    return pl.when(told).then(pl.col(name)).alias(name)
 
 
 def validate(params: Params) -> None:

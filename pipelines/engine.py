@@ -2,6 +2,7 @@
 form.
 """
 
+import errno
 import logging
 import os
 import secrets
@@ -57,12 +58,28 @@ def _reach(engine: str) -> None:
     why = ""
     for place in rest.partition("/")[0].split(","):
         host, _, port = place.partition(":")
+        if port and not port.isdigit():
+            raise UserError(f"engine: {engine}: the port is {port!r}; expected a number")
         try:
-            socket.create_connection((host, int(port or PORTS[scheme])), REACH).close()
+            where = host, int(port or PORTS[scheme])
+            socket.create_connection(where, REACH).close()
+            if scheme == "sc" and "use_ssl=true" not in rest.lower():
+                _speaks(*where)
             return
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or str(error)
     raise TransientError(f"engine: {engine} cannot be reached: {why}")
+
+
+def _speaks(host: str, port: int) -> None:
+    """Raises OSError where who listens does not speak gRPC: a client would wait for ever."""
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(REACH)
+        except grpc.FutureTimeoutError:
+            raise OSError(errno.EPROTO, "no Spark Connect server listens there") from None
 
 
 @contextmanager

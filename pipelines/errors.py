@@ -24,6 +24,11 @@ class TransientError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    """Without what a terminal obeys: data may hold anything, a line on a screen may not."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def naming(place: Path | str) -> Iterator[None]:
     """A full disk, whoever tells of it, becomes an OSError that names `place`: a failed write names

@@ -1,5 +1,7 @@
 """`params.yaml`, typed and strict: a key that is unknown, missing or ill-typed is one line."""
 
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -600,9 +602,46 @@ class Contract(_Block):
     events: dict[str, Column]
 
 
+class Expectation(BaseModel):
+    """One of Great Expectations, which allows more keys."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    type: str
+    arguments: Annotated[dict[str, Any], Field(alias="kwargs")] = {}
+
+
+class Suite(BaseModel):
+    """A file below expectations/."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    name: str
+    expectations: Annotated[list[Expectation], Field(min_length=1)]
+
+
+class Bounds(_Block):
+    """What an expectation of predictions says, of a column or of the table."""
+
+    column: str | None = None
+    min_value: float = -math.inf
+    max_value: float = math.inf
+
+
+class Bounded(_Block):
+    type: str
+    kwargs: Bounds
+
+
+class PredictionSuite(_Block):
+    """A file below expectations/predictions/."""
+
+    name: str
+    meta: dict[str, Any]
+    expectations: Annotated[list[Bounded], Field(min_length=1)]
+
+
 class Params(_Block):
     as_of: Moment
-    engine: Annotated[str, Field(pattern=r"^(embedded|local\[\d+\]|spark://.+|sc://.+)$")]
+    engine: Annotated[str, Field(pattern=r"^(embedded|local\[[1-9]\d{0,3}\]|spark://.+|sc://.+)$")]
     fetch: Fetch
     load_: Annotated[Load, Field(alias="load")]
     validate_: Annotated[Validate, Field(alias="validate")]
@@ -669,13 +708,19 @@ def load(path: Path = FILE) -> Params:
 
 
 def checked(path: Path, kind: type[Checked]) -> Checked:
-    """Read a YAML file as what it should be. Raises UserError with one line."""
+    """Read a file of YAML, or of JSON by its name, as what it should be. Raises UserError with one
+    line.
+    """
+    name = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Once)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if name == "JSON" else yaml.load(text, _Once)
     except FileNotFoundError:
         raise UserError(f"{path} is missing in {Path.cwd()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not {name}: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is no mapping; expected the keys {', '.join(_keys(kind))}")
     try:

@@ -36,8 +36,10 @@ def run(params: Params) -> None:
     from pipelines import engine
 
     contract = bundle.load(bundle.FOLDER).contract
-    suite = expected.suite(bundle.task(contract))
     columns = wanted(params, contract["columns"])
+    task = bundle.task(contract)
+    added = [bundle.PREDICTION, *([bundle.PROBABILITIES] if task == "multiclass" else [])]
+    suite = expected.suite(task, [*columns, *added])
     with (
         stage.scratch("score") as scratch,
         stage.fresh(PREDICTIONS) as out,

@@ -97,7 +97,8 @@ def _make(accepted: Accepted, new: Sequence[str], out: Path) -> int:
     dataset, kind = accepted.dataset, accepted.params.engine
     with stage.scratch("featurize") as scratch, engine.session(kind) as spark:
         frames = _frames(accepted, new, spark)
-        return engine.write_runs(frames, dataset.time, dataset.key, out, scratch, kind)
+        with datasets.answering(dataset.name, "features"):
+            return engine.write_runs(frames, dataset.time, dataset.key, out, scratch, kind)
 
 
 def _frames(accepted: Accepted, new: Sequence[str], spark: "SparkSession") -> Iterator["DataFrame"]:

@@ -24,7 +24,7 @@ from pipelines.ingest.sources import SourceFile
 from pipelines.params import Dataset, Params
 
 RAW = Path("data/raw")
-MONTH = re.compile(r"[1-9]\d{3}-(0[1-9]|1[0-2])\.csv")
+MONTH = re.compile(r"[1-9][0-9]{3}-(0[1-9]|1[0-2])\.csv")
 File = TypeVar("File", bound=SourceFile)
 
 

@@ -42,6 +42,8 @@ def run(params: Params, source: str, to: str) -> None:
     fetch.complete(
         there.keys() | {file.name for file in files}, f"{source} and {to}", params.dataset
     )
+    for file in files:
+        _ = file.path  # before the first is sent: what is no file would leave the others there
     client = s3.client()
 
     def move(file: Local, moved: Moved) -> str:

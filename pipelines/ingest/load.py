@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipelines import months, stage, tables
 from pipelines.errors import UserError, naming
 from pipelines.ingest import datasets
-from pipelines.ingest.fetch import RAW
+from pipelines.ingest.fetch import MONTH, RAW
 from pipelines.ingest.raw import none, read
 from pipelines.months import Kept
 from pipelines.params import Params, Table
@@ -107,7 +107,8 @@ def _make(raw: Raw, new: Sequence[str], out: Path) -> int:
     with stage.scratch("load") as scratch, engine.session(kind) as spark:
         frames = _frames(raw, new, _type(raw, new, scratch / "raw"), spark)
         runs = scratch / "runs"
-        return engine.write_runs(frames, dataset.time, dataset.key, out, runs, kind)
+        with datasets.answering(dataset.name, "events"):
+            return engine.write_runs(frames, dataset.time, dataset.key, out, runs, kind)
 
 
 def _frames(
@@ -200,6 +201,8 @@ def files(name: str, table: Table) -> list[Path]:
     found = [RAW / f"{name}.csv"] if table.batch is None else sorted((RAW / name).glob("*.csv"))
     if not found or not found[0].is_file():
         raise UserError(f"{RAW / name} is missing; run dvc repro fetch")
+    if table.batch and (odd := [path for path in found if not MONTH.fullmatch(path.name)]):
+        raise UserError(f"{odd[0]} is no month; dvc repro -f fetch removes it")
     return found
 
 

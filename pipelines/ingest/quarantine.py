@@ -14,7 +14,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines import stage, tables
+from pipelines.errors import printable
 from pipelines.ingest.validate import QUARANTINE, REASONS
 from pipelines.params import Params
 
@@ -29,9 +32,9 @@ def show(params: Params, most: int) -> str:
     for file in tables.months(QUARANTINE):
         month = tables.read_file(file)
         total += month.num_rows
-        for row in month.to_pylist():
-            counts.update((reason, file.stem) for reason in row[REASONS.name])
-            rows += [row] if len(rows) < most else []
+        for reasons in month[REASONS.name].to_pylist():
+            counts.update((reason, file.stem) for reason in reasons)
+        rows += _texts(month.slice(0, max(0, most - len(rows)))).to_pylist()
     if not total:
         return "no row is in quarantine"
     by_month = [[reason, month, f"{n:,}"] for (reason, month), n in sorted(counts.items())]
@@ -48,6 +51,12 @@ def show(params: Params, most: int) -> str:
     )
 
 
+def _texts(rows: pa.Table) -> pa.Table:
+    """The rows with texts for values: a broken time may lie beyond Python's calendar."""
+    texts = [field if field == REASONS else field.with_type(pa.string()) for field in rows.schema]
+    return rows.cast(pa.schema(texts))
+
+
 def _broken(row: dict[str, Any], key: Sequence[str]) -> list[list[str]]:
     """A line for each expectation that the row broke: its key, and what was there."""
     lines = []
@@ -58,8 +67,8 @@ def _broken(row: dict[str, Any], key: Sequence[str]) -> list[list[str]]:
     return lines
 
 
-def _text(value: object) -> str:
-    text = "missing" if value is None else str(value)
+def _text(value: str | None) -> str:
+    text = "missing" if value is None else printable(value)
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
 
 
@@ -78,6 +87,8 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=50, metavar="N", help="at most so many rows")
     most = parser.parse_args().rows
+    if most < 0:
+        parser.error(f"--rows: expected no fewer than 0; got {most}")
     return stage.guarded("quarantine", lambda params: print(show(params, most)))
 
 

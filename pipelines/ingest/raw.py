@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipelines import months
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.params import Table
 
 TYPES = {
@@ -48,9 +48,7 @@ def read(path: Path, table: Table, zone: str) -> pa.Table:
             _check_month(rows, table.batch, path.stem, zone)
         _check_key(rows, table.key)
     except _RefusedError as error:
-        # A file may hold anything; a line on a screen may not.
-        said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        raise UserError(f"{path}: {said}") from None
+        raise UserError(f"{path}: {printable(str(error))}") from None
     return rows
 
 
@@ -155,7 +153,10 @@ def _check_header(content: bytes, table: Table) -> list[str]:
 
 
 def _explain(error: str, columns: Sequence[str]) -> str:
-    """pyarrow's message with the name of the column; its row is the line of the file."""
+    """pyarrow's message, less its advice, with the name of the column; its row is the line of the
+    file.
+    """
+    error = error.partition(". If ")[0]
     if cell := re.match(
         r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (.*)", error, re.S
     ):
@@ -203,8 +204,8 @@ def _check_key(rows: pa.Table, key: Sequence[str]) -> None:
     twice = groups.filter(pc.not_equal(groups["line_min"], groups["line_max"]))
     if twice.num_rows:
         first = twice.slice(0, 1).to_pylist()[0]
-        named = ", ".join(f"{column}={first[column]}" for column in key)
+        # Without its values, which may be of a person.
         raise _RefusedError(
             f"lines {first['line_min']} and {first['line_max']} have the same key "
-            f"({named}); expected one"
+            f"({', '.join(key)}); expected one"
         )

@@ -4,7 +4,9 @@ A file has a name below data/raw, tells whether a file here has its bytes, and b
 whole or not at all.
 """
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +146,10 @@ class Stored:
 
 
 def folder(path: Path) -> Iterator[Local]:
-    """The files of a folder and of its folders."""
+    """The files of a folder and of its folders. Raises UserError for one that cannot be read."""
+    for one in (path, *path.glob("*/")):
+        if not os.access(one, os.R_OK | os.X_OK):
+            raise UserError(f"{one} cannot be read: {os.strerror(errno.EACCES)}")
     for one in sorted(path.glob("*.csv")) + sorted(path.glob("*/*")):
         yield Local(one.relative_to(path).as_posix(), path)
 

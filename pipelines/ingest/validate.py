@@ -12,7 +12,6 @@ is about the table: a breach stops the run. An expectation that raised is a faul
 
 import functools
 import io
-import json
 import logging
 import os
 from collections import defaultdict
@@ -26,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines import params as parameters
 from pipelines import stage, tables
 from pipelines.errors import UserError
 from pipelines.ingest.load import EVENTS
-from pipelines.params import Params
+from pipelines.params import Params, Suite
 
 if TYPE_CHECKING:
     from great_expectations.core import (
@@ -45,6 +45,7 @@ DOCS = Path("reports/validate/data_docs")
 VERDICT = Path("reports/validate/verdict.json")
 SUITES = Path("expectations")
 MONTHS = 2  # are divided at once, so that memory holds two
+ASKED_OF = ("column", "row_condition", "condition_parser")  # not what is expected of it
 REASONS = pa.field("reasons", pa.list_(pa.string()))
 
 
@@ -58,7 +59,8 @@ def divide(params: Params) -> tuple[int, int]:
     """Write the page, the two tables and the verdict. Returns the rows, and those in quarantine."""
     from pipelines import engine
 
-    suite, total = read_suite(params.dataset.name), tables.count(EVENTS)
+    total = sum(tables.footer(file).num_rows for file in tables.months(EVENTS))
+    suite = parameters.checked(SUITES / f"{params.dataset.name}.json", Suite)
     # A row is named by its key, and found by its month.
     names = list(dict.fromkeys([params.dataset.time, *params.dataset.key]))
     with (
@@ -71,16 +73,17 @@ def divide(params: Params) -> tuple[int, int]:
         with engine.session(params.engine) as spark:
             events = spark.read.parquet(str(EVENTS.resolve()))
             _check_columns(suite, events.columns)
-            stage.say("validate", f"{len(suite['expectations'])} expectations on {total:,} events")
+            stage.say("validate", f"{len(suite.expectations)} expectations on {total:,} events")
             with stage.fresh(DOCS) as docs:
                 result = check(events, suite, docs)
             stop_on_table_breach(result)
             reasons = broken_rows(rows_of(result, events, names), names)
         if len(reasons) > params.validate_.max_quarantine * total:
+            first = min(row[0] for row in reasons).astimezone(UTC)
             raise UserError(
-                f"{len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}; "
-                "expected at most the share validate.max_quarantine = "
-                f"{params.validate_.max_quarantine}"
+                f"{EVENTS}: {len(reasons):,} of {total:,} rows break {', '.join(_failed(result))}, "
+                f"the first in {first:%Y-%m}.parquet, of {first:%Y-%m-%d %H:%M} UTC; expected at "
+                f"most the share validate.max_quarantine = {params.validate_.max_quarantine}"
             )
         all_accepted.result()
         _set_apart(reasons, names, accepted, quarantine)
@@ -88,35 +91,21 @@ def divide(params: Params) -> tuple[int, int]:
     return total, len(reasons)
 
 
-def read_suite(dataset: str) -> dict[str, Any]:
-    """The suite of a table, as the plain values Great Expectations takes."""
-    path = SUITES / f"{dataset}.json"
-    try:
-        suite: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; a dataset needs its suite of expectations") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
-    return suite
-
-
-def _check_columns(suite: dict[str, Any], columns: list[str]) -> None:
-    for one in suite["expectations"]:
-        if missing := [name for name in _columns(one.get("kwargs", {})) if name not in columns]:
+def _check_columns(suite: Suite, columns: list[str]) -> None:
+    for one in suite.expectations:
+        if missing := [name for name in _columns(one.arguments) if name not in columns]:
             raise UserError(
-                f"{SUITES / suite['name']}.json: {EVENTS} has no column {missing[0]}; "
-                "mend the suite"
+                f"{SUITES / suite.name}.json: {EVENTS} has no column {missing[0]}; mend the suite"
             )
 
 
 def _columns(kwargs: Mapping[str, Any]) -> list[str]:
     """Those of which an expectation speaks."""
-    return [str(kwargs[kind]) for kind in ("column", "column_A", "column_B") if kind in kwargs]
+    named = [kwargs[kind] for kind in ("column", "column_A", "column_B") if kind in kwargs]
+    return [str(name) for name in (*named, *kwargs.get("column_list", ()))]
 
 
-def check(
-    frame: "DataFrame", suite: dict[str, Any], docs: Path
-) -> "ExpectationSuiteValidationResult":
+def check(frame: "DataFrame", suite: Suite, docs: Path) -> "ExpectationSuiteValidationResult":
     """Run the suite on the engine's frame and build the Data Docs.
 
     The result counts what is broken and lists nothing: a tolerated share would be a list that grows
@@ -125,19 +114,22 @@ def check(
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.exceptions.exceptions import GreatExpectationsError
+    from great_expectations.expectations.registry import get_expectation_impl
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
-    asset = context.data_sources.add_spark(name="engine").add_dataframe_asset(suite["name"])
+    asset = context.data_sources.add_spark(name="engine").add_dataframe_asset(suite.name)
     try:
-        expectations = context.suites.add(gx.ExpectationSuite(**suite))
+        for one in suite.expectations:
+            get_expectation_impl(one.type)  # the suite would leave out what it does not know
+        expectations = context.suites.add(gx.ExpectationSuite(**suite.model_dump(by_alias=True)))
     except (GreatExpectationsError, TypeError, ValueError) as error:
         raise UserError(
-            f"expectations/{suite['name']}.json: {' '.join(str(error).split())[:300]}"
+            f"{SUITES / suite.name}.json: {' '.join(str(error).split())[:300]}"
         ) from None
     definition = context.validation_definitions.add(
         gx.ValidationDefinition(
-            name=suite["name"],
+            name=suite.name,
             data=asset.add_batch_definition_whole_dataframe("all"),
             suite=expectations,
         )
@@ -153,7 +145,7 @@ def check(
     context.update_data_docs_site("local_site", site)  # type: ignore[arg-type]
     checkpoint = context.checkpoints.add(
         gx.Checkpoint(
-            name=suite["name"],
+            name=suite.name,
             validation_definitions=[definition],
             # Each value that it shows is another query of the whole table.
             result_format={"result_format": "BASIC", "partial_unexpected_count": 0},
@@ -214,7 +206,9 @@ def raise_on_exception(result: "ExpectationSuiteValidationResult") -> None:
         for entry in [info] if "raised_exception" in info else info.values():
             if entry["raised_exception"]:
                 text = " ".join(str(entry["exception_message"]).split())
-                raise RuntimeError(f"{_name(item)} could not be computed: {text[:300]}")
+                raise RuntimeError(
+                    f"{_name(item)}, of a suite in {SUITES}, could not be computed: {text[:300]}"
+                )
 
 
 def is_about_rows(item: "ExpectationValidationResult") -> bool:
@@ -228,7 +222,7 @@ def stop_on_table_breach(result: "ExpectationSuiteValidationResult") -> None:
     for item in result.results:
         if not item.success and not is_about_rows(item):
             seen = item.result.get("observed_value", item.result.get("unexpected_percent"))
-            bounds = {k: v for k, v in _bounds(item).items() if k != "column"}
+            bounds = {k: v for k, v in _bounds(item).items() if k not in ASKED_OF}
             raise UserError(f"{EVENTS}: {_name(item)}: observed {seen}; expected {bounds}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipelines import bundle, stage
 from pipelines.errors import UserError
-from pipelines.lineage import columns, datasets, history, picture
+from pipelines.lineage import columns, datasets, history, picture, steps
 from pipelines.lineage.datasets import Dataset, File
 from pipelines.lineage.history import Given, Link
 from pipelines.lineage.steps import Step
@@ -114,7 +114,7 @@ def _sources(step: Step, table: Dataset, inputs: list[Dataset]) -> columns.Sourc
     if not inputs or not all(one.columns for one in inputs):
         paths = " ".join(step.inputs)
         raise UserError(f"{paths} is not on this disk as {step.name} read it: dvc checkout {paths}")
-    return columns.of_query(Path(step.sql).read_text(encoding="utf-8"), inputs)
+    return steps.labelled(columns.of_query(Path(step.sql).read_text(encoding="utf-8"), inputs))
 
 
 if __name__ == "__main__":

@@ -70,9 +70,7 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
     queried: columns.Sources = {}
     untraced: list[str] = []
     with _noting(untraced):
-        queried = columns.of_query(sql, inputs) if sql else {}
-        if queried and (target := steps.foretold()) in queried:
-            queried["label"] = queried[target]
+        queried = steps.labelled(columns.of_query(sql, inputs)) if sql else {}
     ended = next(told, None) or {"event": "FAIL", "at": _now(), "error": "killed"}
     outs: list[OutputDataset] = []
     if ended["event"] == "COMPLETE":

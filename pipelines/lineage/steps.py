@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.lineage import columns
 
 PARAMS, GRAPH, LOCK = Path("params.yaml"), Path("dvc.yaml"), Path("dvc.lock")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -57,9 +58,10 @@ def made() -> dict[str, Step]:
     }
 
 
-def foretold() -> str:
-    """The column that the queries give and the features hold as `label`."""
-    return str(_read(PARAMS)["dataset"]["target"]["column"])
+def labelled(sources: columns.Sources) -> columns.Sources:
+    """What a query gives: the features hold the column that is foretold as `label`."""
+    target = str(_read(PARAMS)["dataset"]["target"]["column"])
+    return sources | ({"label": sources[target]} if target in sources else {})
 
 
 def back(steps: Mapping[str, Step], path: str) -> list[Step]:

@@ -15,10 +15,11 @@ from train.synthetic import make_features
 from world import Checkout
 
 from pipelines import bundle, engine, stage, tables
+from pipelines import params as parameters
 from pipelines.deploy import expected, score
 from pipelines.errors import UserError
 from pipelines.ingest import validate
-from pipelines.params import Params
+from pipelines.params import Bounds, Params, Suite
 from pipelines.train import fit, package
 
 SUITES = Path(__file__).parent.parent.parent / expected.SUITES
@@ -148,19 +149,44 @@ def test_each_breach_is_one_line(
 ) -> None:
     monkeypatch.setattr(expected, "SUITES", SUITES)
     with pytest.raises(UserError) as raised:
-        expected.check(_table(answers), expected.suite("binary"), MONTH)
+        expected.check(_table(answers), expected.suite("binary", ["prediction"]), MONTH)
     assert str(raised.value).startswith(f"{MONTH}: ")
     assert said in str(raised.value)
 
 
-def test_an_unknown_expectation_is_named(checkout: Checkout) -> None:
-    stage.write_json(PLACE, {"expectations": [{"type": "expect_magic", "kwargs": {}}]})
-    with pytest.raises(UserError, match="expect_magic is not known; allowed: expect_table_row"):
-        expected.suite("binary")
+MEAN = "expect_column_mean_to_be_between"
+
+
+@pytest.mark.parametrize(
+    ("suite", "said"),
+    [
+        ("[]", "is no mapping; expected the keys name, meta, expectations"),
+        ("{", "is not JSON: Expecting property name"),
+        ("\xff", "is not JSON: 'utf-8' codec"),
+        ({}, "expectations: list should have at least 1 item"),
+        (("expect_magic", {}), "expect_magic is not known; allowed: expect_table_row"),
+        ((MEAN, {}), f"{MEAN}: column is None; expected one of prediction"),
+        ((MEAN, {"column": "predictoin"}), f"{MEAN}: column is predictoin; expected one of"),
+        ((MEAN, {"min": 0}), "expectations.0.kwargs.min: unknown key; allowed here: column, min_"),
+        ((MEAN, {"min_value": "x"}), "kwargs.min_value: input should be a valid number; got 'x'"),
+    ],
+)
+def test_a_mistake_in_a_suite_is_one_line(
+    checkout: Checkout, suite: str | dict[str, Any] | tuple[str, dict[str, Any]], said: str
+) -> None:
+    if isinstance(suite, str):
+        PLACE.write_bytes(suite.encode("latin-1"))
+    else:
+        one = [{"type": suite[0], "kwargs": suite[1]}] if isinstance(suite, tuple) else []
+        stage.write_json(PLACE, {"name": "predictions", "meta": {}, "expectations": one})
+    with pytest.raises(UserError) as raised:
+        expected.suite("binary", ["prediction"])
+    assert str(raised.value).startswith(f"{PLACE}")
+    assert said in str(raised.value)
 
 
 def test_great_expectations_itself_says_the_same(tmp_path: Path, params: Params) -> None:
-    suite = stage.read_json(SUITES / "binary.json")
+    suite = parameters.checked(SUITES / "binary.json", Suite)
     tried = [[0.1, 0.5], [0.2, None], [0.3, 1.5, -0.5], [math.nan, 0.3], [0.0, 0.0], [1.0]]
     with engine.session("embedded") as spark:
         for answers in tried:
@@ -170,7 +196,8 @@ def test_great_expectations_itself_says_the_same(tmp_path: Path, params: Params)
                 assert item.expectation_config is not None
                 kind = item.expectation_config.type
                 kwargs: dict[str, Any] = item.expectation_config.kwargs
-                broken = expected.KINDS[kind](_table(answers), kwargs)
+                bounds = {name: kwargs[name] for name in Bounds.model_fields if name in kwargs}
+                broken = expected.KINDS[kind](_table(answers), Bounds(**bounds))
                 assert (broken == "") == item.success, (kind, answers, item)
 
 

@@ -15,6 +15,7 @@ import pytest
 from world import ROOT, Checkout
 
 from pipelines import stage
+from pipelines.errors import UserError
 from pipelines.ingest import featurize, fetch, load, validate
 
 JAVA = shutil.which("java") is not None
@@ -128,6 +129,24 @@ def test_a_cluster_of_nobody_is_a_fault_at_once(checkout: Checkout, engine: str)
     assert done.status == 1
     said = f"load: fault: engine: {engine} cannot be reached: Connection refused"
     assert done.err.splitlines() == [said]
+
+
+def test_who_speaks_no_spark_is_not_waited_for(checkout: Checkout) -> None:
+    fetch.run(checkout.params())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = f"sc://127.0.0.1:{silent.getsockname()[1]}"
+        checkout.set(engine=engine)
+        done = checkout.run("pipelines.ingest.load")
+    assert done.status == 1
+    why = "no Spark Connect server listens there"
+    assert done.err.splitlines() == [f"load: fault: engine: {engine} cannot be reached: {why}"]
+
+
+def test_a_port_that_is_none_is_one_line(checkout: Checkout) -> None:
+    checkout.set(engine="spark://x:y")
+    fetch.run(checkout.params())
+    with pytest.raises(UserError, match=r"engine: spark://x:y: the port is 'y'; expected a number"):
+        load.run(checkout.params())
 
 
 def test_without_java_is_one_line(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:

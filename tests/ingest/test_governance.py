@@ -183,6 +183,36 @@ def test_a_corrected_file_heals_its_rows(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        # Far beyond the day when all is settled; no outcome that is not known yet.
+        ({"arr_delay": "9000"}, ["arr_delay"]),
+        ({"arr_delay": "2147483647"}, ["arr_delay"]),
+        ({"dep_delay": "99999"}, ["dep_delay", "elapsed_minutes"]),
+        # A time beyond the calendar of Python.
+        ({"arr_delay": "-2000000000"}, ["arr_delay", "elapsed_minutes"]),
+        # One row that moves the mean of all.
+        ({"dep_delay": "-2000000"}, ["dep_delay", "elapsed_minutes"]),
+        ({"dest": "\u202eX\x1b[31m"}, ["dest"]),
+    ],
+)
+def test_an_absurd_value_is_apart_with_its_reason_and_can_be_shown(
+    checkout: Checkout, changes: dict[str, str], reasons: list[str]
+) -> None:
+    source = checkout.source / MAY
+    header, first, *rest = source.read_text().splitlines(keepends=True)
+    fields = dict(zip(header.strip().split(","), first.strip().split(","), strict=True))
+    source.write_text(header + ",".join((fields | changes).values()) + "\n" + "".join(rest))
+    _loaded(checkout)
+    validate.run(checkout.params())
+    (apart,) = tables.read_file(validate.QUARANTINE / "2013-05.parquet")["reasons"].to_pylist()
+    assert [reason.partition(":")[0] for reason in apart] == reasons
+    shown = quarantine.show(checkout.params(), 50)
+    assert f"{reasons[0]}: column_values" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
 def test_an_empty_quarantine_says_so(checkout: Checkout) -> None:
     _loaded(checkout)
     shutil.rmtree(validate.QUARANTINE, ignore_errors=True)

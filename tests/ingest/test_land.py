@@ -1,5 +1,6 @@
 """land: what is in the folder is in the bucket afterwards, whole, once; nothing there is lost."""
 
+import os
 import re
 import signal
 
@@ -241,6 +242,15 @@ def test_what_cannot_be_landed_is_one_line(
     place = str(checkout.source) if folder == "SOURCE" else folder
     with pytest.raises(UserError, match=said):
         land.run(checkout.params(), place, to)
+
+
+def test_a_file_that_is_none_leaves_no_other_there(checkout: Checkout, lake: Lake) -> None:
+    file = checkout.source / "flights" / "2013-02.csv"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"flights/2013-02\.csv cannot be read: it is no regular"):
+        run(checkout, lake)
+    assert not lake.files()
 
 
 def test_a_folder_laid_out_otherwise_is_one_line(checkout: Checkout, lake: Lake) -> None:

@@ -180,6 +180,14 @@ def test_nothing_at_or_after_the_clock_is_known(checkout: Checkout) -> None:
     assert all(row["arr_delay"] is None for row in open_rows)
 
 
+def test_a_clock_that_no_zone_has_is_the_users(checkout: Checkout) -> None:
+    file = checkout.source / "airports.csv"
+    file.write_text(file.read_text().replace("America/Chicago", "America/Nowhere"))
+    fetch.run(checkout.params())
+    with pytest.raises(UserError, match=r"events\.sql: .*America/Nowhere"):
+        load.run(checkout.params())
+
+
 @pytest.mark.parametrize(
     "change", [{"key": ["scheduled_at", "gate"]}, {"time": "gate"}], ids=["key", "time"]
 )

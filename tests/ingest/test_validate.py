@@ -120,14 +120,29 @@ def test_a_column_that_is_none_is_the_suites_mistake(events: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"name": "flights", "expectations": [{"type": "expect_magic"}]}']
+    ("text", "said"),
+    [
+        ("{", "is not JSON: Expecting property name"),
+        ("5", "is no mapping; expected the keys name, expectations"),
+        ('{"name": "flights", "expectations": []}', "expectations: list should have at least 1"),
+        ('{"name": "flights", "expectations": [{"kwargs": {}}]}', "expectations.0.type: missing"),
+        ('{"name": "flights", "expectations": [{"type": "expect_magic"}]}', "expect_magic not"),
+    ],
 )
-def test_a_suite_that_is_none_is_one_line(checkout: Checkout, text: str) -> None:
+def test_a_suite_that_is_none_is_one_line(events: Checkout, text: str, said: str) -> None:
     Path("expectations/flights.json").write_text(text)
-    fetch.run(checkout.params())
-    load.run(checkout.params())
-    with pytest.raises(UserError, match=r"expectations/flights\.json: "):
-        validate.run(checkout.params())
+    with pytest.raises(UserError) as raised:
+        validate.run(events.params())
+    assert str(raised.value).startswith("expectations/flights.json")
+    assert said in str(raised.value)
+
+
+def test_an_expectation_that_is_not_known_is_not_left_out(events: Checkout) -> None:
+    """Great Expectations would go on with the others."""
+    _expect(events, "expect_column_values_to_be_in_sett", column="origin", value_set=["EWR"])
+    with pytest.raises(UserError, match=r"flights\.json: expect_column_values_to_be_in_sett not"):
+        validate.run(events.params())
+    assert not validate.ACCEPTED.exists()
 
 
 def test_what_a_share_tolerates_is_counted_and_not_listed(

@@ -2,6 +2,8 @@
 features) and `contract.yaml` (what the columns mean).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +27,24 @@ def path(dataset: str, name: str) -> Path:
 
 def sql(dataset: str, query: str) -> str:
     """The text of `<dataset>/<query>.sql`. Raises UserError where it is missing."""
-    return path(dataset, f"{query}.sql").read_text(encoding="utf-8")
+    place = path(dataset, f"{query}.sql")
+    try:
+        return place.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is no text in UTF-8: {error}") from None
 
 
 def ask(spark: "SparkSession", dataset: str, query: str, **settings: object) -> "DataFrame":
     """What `<dataset>/<query>.sql` gives. Raises UserError where the engine does not take it."""
+    with answering(dataset, query):
+        frame = spark.sql(sql(dataset, query), args=settings)
+        _ = frame.columns  # only then is it looked at
+    return frame
+
+
+@contextmanager
+def answering(dataset: str, query: str) -> Iterator[None]:
+    """What the engine has against the query, or against a value on its way, becomes a UserError."""
     from pyspark.errors import (
         AnalysisException,
         IllegalArgumentException,
@@ -37,8 +52,7 @@ def ask(spark: "SparkSession", dataset: str, query: str, **settings: object) -> 
     )
 
     try:
-        frame = spark.sql(sql(dataset, query), args=settings)
-        _ = frame.columns  # only then is it looked at
+        yield
     except (
         AnalysisException,
         IllegalArgumentException,
@@ -46,7 +60,6 @@ def ask(spark: "SparkSession", dataset: str, query: str, **settings: object) -> 
     ) as error:
         said = " ".join(str(error).partition("\n\n")[0].split())[:300]
         raise UserError(f"{path(dataset, f'{query}.sql')}: {said}") from None
-    return frame
 
 
 def contract(dataset: str) -> Contract:

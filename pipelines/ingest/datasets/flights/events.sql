@@ -34,6 +34,7 @@ arrived as (
     select
         *,
         timestampadd(minute, arr_delay, timestampadd(minute, block_minutes, scheduled_at)) as arrived_at,
+        timestampadd(day, :settle_days, scheduled_at) as settled_at,
         least(:as_of, timestampadd(day, :settle_days, scheduled_at)) as told_before
     from timed
 ),
@@ -66,9 +67,10 @@ select
     e.block_minutes,
     e.distance,
     case when e.departed_at < e.told_before then e.departed_at end as departed_at,
-    case when e.departed_at < e.told_before then e.dep_delay end as dep_delay,
+    -- A delay beyond the day when all is settled is no unknown outcome but a broken row: validate sees it.
+    case when e.departed_at < e.told_before or e.departed_at >= e.settled_at then e.dep_delay end as dep_delay,
     case when e.arrived_at < e.told_before then e.arrived_at end as arrived_at,
-    case when e.arrived_at < e.told_before then e.arr_delay end as arr_delay,
+    case when e.arrived_at < e.told_before or e.arrived_at >= e.settled_at then e.arr_delay end as arr_delay,
     case when e.arrived_at < e.told_before then e.air_time end as air_time,
     case when e.arrived_at < e.told_before then timestampdiff(minute, e.departed_at, e.arrived_at) end
         as elapsed_minutes,
