@@ -159,6 +159,8 @@ def test_a_column_is_traced_to_the_raw_tables(copied: Checkout) -> None:
         "data/raw/flights      dep_delay, sched_arr_time, sched_dep_time, time_hour",
     ]
     assert "split: featurize makes it, and no SQL says of what" in traced(copied, "split").out
+    # The features hold the column that is foretold under this name.
+    assert "data/accepted         arr_delay" in traced(copied, "label").out
     unknown = traced(copied, "nothing")
     assert unknown.status == 2
     assert unknown.err.endswith("models/bundle has a column nothing\n")
