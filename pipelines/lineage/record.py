@@ -56,7 +56,9 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
     """START, and what became of it."""
     begun = next(told)
     step, inputs, sql = Step(stage, {}, {}, {}), [], None
-    with _noting(faults):
+    # Input that a stage refuses may be no table to trace either: the stage says it.
+    untraced: list[str] = []
+    with _noting(untraced):
         step = steps.planned(stage)
         inputs = _tables(step.inputs)
         sql = Path(step.sql).read_text(encoding="utf-8") if step.sql else None
@@ -64,11 +66,10 @@ def _events(stage: str, told: Iterator[Told], faults: list[str]) -> Iterator[Run
     yield _event(begun, run=run, job=events.job(stage, sql), inputs=read)
 
     # While the stage is at work: what it gives may be Parquet, whose reader is slow to import, but
-    # not what the first stage gives. Input that a stage refuses may be no table to trace either.
+    # not what the first stage gives.
     if inputs:
         importlib.import_module("pyarrow.parquet")
     queried: columns.Sources = {}
-    untraced: list[str] = []
     with _noting(untraced):
         queried = steps.labelled(columns.of_query(sql, inputs)) if sql else {}
     ended = next(told, None) or {"event": "FAIL", "at": _now(), "error": "killed"}
