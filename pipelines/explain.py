@@ -84,7 +84,7 @@ def records(contract: dict[str, Any]) -> Iterator[pa.Table]:
     for number, line in enumerate(sys.stdin, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"line {number} is no record in JSON; expected an object of columns")
@@ -95,7 +95,8 @@ def records(contract: dict[str, Any]) -> Iterator[pa.Table]:
                 raise UserError(f"line {number} lacks the column {name}; what is missing is null")
             if not _is(record[name], kind):
                 wanted = f"expected a {'text' if kind == pa.string() else 'number'} or null"
-                raise UserError(f"line {number}: {name} is {json.dumps(record[name])}; {wanted}")
+                shown = json.dumps(record[name])[:100]
+                raise UserError(f"line {number}: {name} is {shown}; {wanted}")
         yield pa.table({name: pa.array([record[name]], kind) for name, kind in kinds.items()})
 
 

@@ -206,7 +206,13 @@ class Trainer(_Block):
     nodes: Positive
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     compile: bool
-    threads: Positive
+    threads: Annotated[int, Field(gt=0, le=1024)]
+
+    @model_validator(mode="after")
+    def _half_on_gpu(self) -> "Trainer":
+        if self.precision == "16-mixed" and self.accelerator == "cpu":
+            raise ValueError("precision 16-mixed needs a GPU; on a CPU expected bf16-mixed")
+        return self
 
 
 class Checkpoint(_Block):
@@ -671,6 +677,15 @@ class Params(_Block):
                 "score.window_days or featurize.test_days and val_days reach from as_of to before "
                 "the calendar"
             ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _forms_of_task(self) -> "Params":
+        if "distilled" in self.package.forms and self.dataset.target.task == "multiclass":
+            raise ValueError(
+                "package.forms: distilled learns one number, but dataset.target.task is "
+                "multiclass; expected int8 and pruned alone"
+            )
         return self
 
     @model_validator(mode="after")

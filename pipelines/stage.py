@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -38,11 +39,17 @@ RANK = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 def main(run: Callable[[Params], None]) -> None:
     """Run one stage as a process of its own and exit with its status."""
     stage = asked(NUMBERS)
+    signal.signal(signal.SIGTERM, partial(_told_to_end, stage))
     if RANK:
         sys.exit(guarded(f"{stage}, rank {RANK}", run))
     status = guarded(stage, partial(_recorded, stage, run))
     _record_usage(stage, status)
     sys.exit(status)
+
+
+def _told_to_end(stage: str, *_: Any) -> None:
+    """SIGTERM ends a stage as a fault, which a scheduler tries again, and leaves nothing half."""
+    raise SystemExit(f"{stage}: fault: told to end; run again")
 
 
 def asked(epilog: str | None = None) -> str:

@@ -167,7 +167,7 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
             if _any(trainer, self.told):
                 step = trainer.global_step
-                raise TransientError(f"told to end; step {step} is saved: run again")
+                raise TransientError(f"told to end after step {step}; run again")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.num_training_batches == 1:
@@ -179,7 +179,7 @@ class Checkpoints(pl.Callback):
     def _end(self, trainer: pl.Trainer) -> None:
         """Where no batch follows after which it could be saved."""
         if _any(trainer, self.told):
-            raise TransientError("told to end; what was saved last stands: run again")
+            raise TransientError("told to end after the last step; run again")
 
     def _due(self, trainer: pl.Trainer) -> bool:
         if self.every.steps is not None and trainer.global_step % self.every.steps == 0:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import stage
-from pipelines.errors import UserError
 from pipelines.params import Distilled, Fit
 from pipelines.train.data import Rows
 from pipelines.train.fitted import Fitted
@@ -21,12 +20,9 @@ DROPOUT = 0.1
 
 
 def taught(teacher: Fitted, train: Rows, folder: Path) -> Rows:
-    """The train rows, with the teacher's predictions for labels, in a new `folder`.
-
-    Raises UserError where the label is one of several classes.
+    """The train rows, with the teacher's predictions for labels, one number each, in a new
+    `folder`.
     """
-    if teacher.encoding.target.task == "multiclass":
-        raise UserError("package.forms: distilled, but dataset.target.task is multiclass")
     folder.mkdir(parents=True)
     for name in ("codes", "numbers"):
         stage.link(folder / f"{name}.npy", train.folder / f"{name}.npy")

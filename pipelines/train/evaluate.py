@@ -277,8 +277,11 @@ def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> l
         checks.append({"name": name, "before": before, "after": after, "passed": after >= before})
     for name, columns in dataset.behaviour.missing.items():
         after = mean_risk(model, test, missing=columns)
-        passed = abs(after - before) <= unit * limits.max_missing_shift
-        checks.append({"name": name, "before": before, "after": after, "passed": bool(passed)})
+        allowed = round(float(unit * limits.max_missing_shift), metrics.DIGITS)
+        passed = abs(after - before) <= allowed
+        checks.append(
+            {"name": name, "before": before, "after": after, "allowed": allowed, "passed": passed}
+        )
     return checks
 
 
@@ -335,7 +338,10 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    names = list(outcome["metrics"])
+    figure = plt.figure(figsize=(15, 5), layout="constrained")
+    grid = figure.add_gridspec(len(names), 3)
+    left, right = (figure.add_subplot(grid[:, column]) for column in (0, 2))
     points = outcome["reliability"]
     left.axline((0, 0), slope=1, color="0.8", linewidth=1)
     left.plot(
@@ -351,27 +357,28 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         ylim=(low, top),
     )
 
-    names = list(outcome["metrics"])
-    for offset, (who, color) in enumerate((("metrics", "tab:blue"), ("baseline", "tab:orange"))):
-        figures = [outcome[who][name] for name in names]
-        rows = [at + 0.2 * offset for at in range(len(names))]
-        # Drawn apart: with few resamples a point may lie outside its interval.
-        middle.hlines(rows, [f["low"] for f in figures], [f["high"] for f in figures], colors=color)
-        label = {"metrics": "model", "baseline": "gradient boosting"}[who]
-        middle.plot([f["value"] for f in figures], rows, "o", color=color, label=label)
-    middle.set(title="Figures with 95 % intervals", yticks=range(len(names)), yticklabels=names)
-    middle.invert_yaxis()
-    middle.legend()
+    for at, name in enumerate(names):
+        axis = figure.add_subplot(grid[at, 1])
+        for row, (who, color) in enumerate((("baseline", "tab:orange"), ("metrics", "tab:blue"))):
+            found = outcome[who][name]
+            # Drawn apart: with few resamples a point may lie outside its interval.
+            axis.hlines(row, found["low"], found["high"], colors=color)
+            axis.plot(found["value"], row, "o", color=color)
+        better = "more" if metrics.sign(name) > 0 else "less"
+        axis.set(ylim=(-0.6, 1.6), yticks=(0, 1), yticklabels=("gradient boosting", "model"))
+        axis.set_title(f"{metrics.title(name)}, 95 % ({better} is better)", fontsize="small")
+        axis.tick_params(labelsize=7)
 
     main = metrics.TASKS[outcome["task"]].main
     bars = [
         (f"{value}", cut[main])
         for part in outcome["slices"].values()
         for value, cut in part.items()
+        if cut["rows"] >= FEW
     ]
     right.barh([name for name, _ in bars], [one for _, one in bars], color="tab:blue", alpha=0.7)
     right.axvline(outcome["metrics"][main]["value"], color="0.3", linewidth=1)
-    right.set(title=f"{metrics.title(main)} by slice (line: all test rows)")
+    right.set(title=f"{metrics.title(main)} by slice of {FEW} rows or more (line: all)")
     if main == "auc":
         right.set_xlim(0.5, 1)
     right.tick_params(axis="y", labelsize=7)

@@ -16,6 +16,7 @@ fault: a scheduler tries again.
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,13 +41,20 @@ from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.module import FeatureData, TaskModule
 from pipelines.train.objectives import Objective
 
+# In the environment of ranks that the first one starts: its process. torchrun starts all of them.
+FIRST = "HEADRACE_FIRST_RANK"
 Figures = dict[str, float]
 
 
 def run(params: Params) -> None:
     features = params.dataset.features
+    models.check(params.fit.model)
     if params.fit.trainer.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise UserError("fit.trainer.nodes: several are started by torchrun, one on each node")
+    if stage.RANK:
+        threading.Thread(target=_end_with_the_first, daemon=True).start()
+    else:
+        os.environ[FIRST] = str(os.getpid())
     with stage.scratch(f"fit{stage.RANK or ''}") as scratch:
         encoding = data.learn(features.categories, features.numbers, params.dataset.target)
         train, val = (data.materialise(encoding, split, scratch) for split in ("train", "val"))
@@ -65,6 +73,14 @@ def run(params: Params) -> None:
                 logger, {"fit": stage.digest(out), "features": stage.digest(data.FEATURES)}
             )
     shutil.rmtree(saved, ignore_errors=True)
+
+
+def _end_with_the_first() -> None:
+    """Where who started this rank dies before they have met, it would ask for it for minutes."""
+    first = int(os.environ.get(FIRST) or os.getppid())
+    while os.getppid() == first:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _key(params: Params) -> str:
@@ -164,8 +180,15 @@ def _descend(
     encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
     try:
         trainer.fit(module, FeatureData(encoded[0], encoded[1], fit), ckpt_path=saving.newest())
-    except SystemExit as error:  # Lightning makes that of Ctrl-C
-        raise KeyboardInterrupt from error
+    except SystemExit as error:
+        if isinstance(error.code, str):  # the stage was told to end
+            raise
+        raise KeyboardInterrupt from error  # Lightning makes the other of Ctrl-C
+    if not best.weights:
+        raise UserError(
+            f"fit.learning_rate: with {fit.learning_rate:g} the validation loss is no finite "
+            "number after any epoch; expected less"
+        )
     network.head.load_state_dict(best.weights)
     network.cpu()
     return progress.epochs

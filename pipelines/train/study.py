@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import stage
-from pipelines.errors import UserError
+from pipelines.errors import TransientError, UserError
 from pipelines.params import Params, Space
 from pipelines.tracking import SQLITE
 from pipelines.train import fit as fitting
+from pipelines.train import models
 from pipelines.train.data import Encoding
 
 if TYPE_CHECKING:
@@ -51,6 +52,21 @@ def named(params: Params, encoding: Encoding, rows: Path) -> str:
     return f"{params.dataset.name}-{params.fit.model}-{stage.digest_of(made_of)[:12]}"
 
 
+def narrowed(params: Params) -> Params:
+    """With a space of those keys alone that the model depends on. Raises UserError where it has
+    none.
+    """
+    models.check(params.fit.model)
+    space = {
+        kind: {key: one for key, one in held.items() if models.uses(params.fit.model, key)}
+        for kind, held in params.tune.space.model_dump().items()
+    }
+    if not any(space.values()):
+        raise UserError(f"tune.space: {params.fit.model} depends on none of its keys")
+    tune = params.tune.model_copy(update={"space": Space.model_validate(space)})
+    return params.model_copy(update={"tune": tune})
+
+
 def opened(params: Params, name: str) -> "Study":
     """The study of that name, made where it is missing."""
     import optuna
@@ -75,13 +91,13 @@ def _about(params: Params) -> list[str]:
 
 def _storage(url: str) -> "RDBStorage":
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import ArgumentError
+    from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
     patient = {}
-    if url.startswith(SQLITE):
-        Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        patient = {"connect_args": {"timeout": 60}}  # seconds, while another worker writes
     try:
+        if url.startswith(SQLITE):
+            Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            patient = {"connect_args": {"timeout": 60}}  # seconds, while another worker writes
         return RDBStorage(
             url,
             patient,
@@ -89,8 +105,12 @@ def _storage(url: str) -> "RDBStorage":
             grace_period=GRACE,
             heartbeat_stale_trial_callback=_queue_again,
         )
-    except (ArgumentError, ImportError) as error:
-        said = stage.one_line(error)
+    except OperationalError as error:
+        raise TransientError(
+            f"tune.storage: {url}: {stage.one_line(error.orig or error)}"
+        ) from None
+    except (ArgumentError, DBAPIError, ImportError, OSError) as error:
+        said = stage.one_line(getattr(error, "orig", None) or error)
         raise UserError(f"tune.storage: {url} is no database that can be opened: {said}") from None
 
 

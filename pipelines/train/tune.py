@@ -35,6 +35,7 @@ DIGITS = 6  # of a loss
 
 
 def run(params: Params) -> None:
+    params = study.narrowed(params)
     before, present = winner.committed(), study.current(params)
     winner.checked(before, present)  # now, and not after hours
     if params.fit.trainer.devices > 1 or params.fit.trainer.nodes > 1:

@@ -147,8 +147,27 @@ def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
     assert process.returncode == 1, err
     (newest,) = saved()
     step = int(newest.stem)
-    assert err.splitlines()[-1] == f"fit: fault: told to end; step {step} is saved: run again"
+    assert err.splitlines()[-1] == f"fit: fault: told to end after step {step}; run again"
     assert _fitted(long) == expected
+
+
+@pytest.mark.parametrize("line", ["validation rows", "boosting on"])
+def test_told_to_end_before_and_after_the_network_it_is_a_fault(long: Checkout, line: str) -> None:
+    process = long.start(FIT)
+    assert process.stdout is not None
+    next(said for said in process.stdout if line in said)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert re.fullmatch(r"fit: fault: told to end( after step \d+)?; run again", err.strip())
+    assert not list(fitted.FOLDER.parent.glob(".fit*"))
+
+
+def test_a_network_that_diverges_names_the_learning_rate(long: Checkout) -> None:
+    long.set(fit={"model": "mlp", "learning_rate": 1e30})
+    ended = long.run(FIT)
+    assert ended.status == 2, ended
+    assert "fit: error: fit.learning_rate: with 1e+30 the validation loss is no finite" in ended.err
 
 
 @pytest.mark.parametrize(("epochs", "batch"), [(1, 64), (50, 10**6)])
@@ -168,7 +187,7 @@ def test_told_to_end_in_the_last_moment_it_does_not_end_as_if_it_were_done(
     names = params.dataset.features
     encoding = data.learn(names.categories, names.numbers, params.dataset.target)
     train, val = (data.materialise(encoding, one, Path("rows")) for one in ("train", "val"))
-    with pytest.raises(TransientError, match="told to end; what was saved last stands: run again"):
+    with pytest.raises(TransientError, match="told to end after the last step; run again"):
         fit.train_model(encoding, train, val, params.fit, Path("saved"), watching=[Told()])
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from typing import Any
 
 import psutil
@@ -68,6 +69,22 @@ def test_a_rank_that_dies_ends_the_job(two: Checkout, which: int) -> None:
     _kill_one(past_an_epoch(two), which)
 
 
+def test_a_first_rank_that_dies_before_they_met_leaves_no_other(two: Checkout) -> None:
+    """The other would ask for it for minutes, and hold what the next attempt wants."""
+    process = two.start(FIT)
+    deadline = time.monotonic() + 120
+    others: list[psutil.Process] = []
+    while not others and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        others = [one for one in children if one.environ().get("LOCAL_RANK") == "1"]
+        time.sleep(0.05)
+    assert others
+    process.kill()
+    process.communicate(timeout=60)
+    for one in others:
+        one.wait(60)
+
+
 def test_killed_at_any_moment_two_give_the_same_bytes(two: Checkout) -> None:
     two.set(fit={"checkpoint": {"seconds": 60, "steps": 1}, "dropout": 0.1})
     _fitted(two)
@@ -89,7 +106,7 @@ def test_told_to_end_both_save_and_end(two: Checkout) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
     (newest,) = saved()
-    told = f"fault: told to end; step {int(newest.stem)} is saved: run again"
+    told = f"fault: told to end after step {int(newest.stem)}; run again"
     assert f"fit: {told}" in err.splitlines()
 
 

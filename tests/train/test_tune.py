@@ -23,8 +23,8 @@ from world import ROOT, Checkout
 from pipelines import params as parameters
 from pipelines import tracking
 from pipelines.errors import UserError
-from pipelines.params import Params
-from pipelines.train import study, tune, winner
+from pipelines.params import Params, Space
+from pipelines.train import models, study, tune, winner
 
 TUNE = "pipelines.train.tune"
 DROPOUT = {"dropout": {"low": 0.0, "high": 0.5, "log": False}}
@@ -197,6 +197,28 @@ def test_a_study_may_lie_in_postgresql(tunable: Checkout) -> None:
         tune.run(tunable.params())
         assert len(values(tunable)) == 5
         assert not Path(".state/tune").exists()
+
+
+def test_what_a_model_does_not_depend_on_is_not_sought(params: Params) -> None:
+    assert models.USED.keys() == models.MODELS.keys()
+    every = params.tune.space.keys
+    for name, used in models.USED.items():
+        fit = params.fit.model_copy(update={"model": name})
+        narrow = study.narrowed(params.model_copy(update={"fit": fit})).tune.space.keys
+        assert narrow == [key for key in every if key.partition(".")[0] in used]
+    trees = Space.model_validate(space(**{"boosting.l2": DROPOUT["dropout"]}))
+    logistic = params.fit.model_copy(update={"model": "logistic"})
+    tune_ = params.tune.model_copy(update={"space": trees})
+    with pytest.raises(UserError, match=r"tune\.space: logistic depends on none of its keys"):
+        study.narrowed(params.model_copy(update={"fit": logistic, "tune": tune_}))
+
+
+@pytest.mark.parametrize("place", ["/proc/nope/t.db", "/etc/hostname"])
+def test_a_storage_that_is_none_is_one_line(tunable: Checkout, place: str) -> None:
+    tunable.set(tune={"storage": f"sqlite:///{place}"})
+    commit()
+    with pytest.raises(UserError, match=rf"tune\.storage: sqlite:///{place} is no database"):
+        tune.run(tunable.params())
 
 
 def test_values_that_diverge_are_pruned_and_win_nothing(tunable: Checkout) -> None:

@@ -24,10 +24,32 @@ MODELS: dict[str, Callable[[Inputs, Fit], Model]] = {
 }
 
 
+# What each makes of the keys of `fit` that can be tuned: with others it is the same model.
+_LEARNED = {"batch_size", "max_epochs", "patience", "learning_rate", "weight_decay"}
+_LAYERED = _LEARNED | {"dropout", "hidden", "members"}
+USED = {
+    "logistic": _LEARNED,
+    "mlp": _LAYERED,
+    "tabm": _LAYERED,
+    "boosting": {"boosting"},
+    "blend": _LAYERED | {"boosting"},
+}
+
+
+def check(name: str) -> None:
+    """Raises UserError for a name that is none of a model."""
+    if name not in MODELS:
+        raise UserError(f"fit.model: {name} is no model; expected one of {', '.join(MODELS)}")
+
+
+def uses(name: str, key: str) -> bool:
+    """Whether the model depends on a key of `fit`, such as boosting.leaves."""
+    return key.partition(".")[0] in USED[name]
+
+
 def build(inputs: Inputs, fit: Fit) -> Model:
     """The model `fit.model` names, with fresh weights. Raises UserError for an unknown name."""
-    if fit.model not in MODELS:
-        raise UserError(f"fit.model: {fit.model} is no model; expected one of {', '.join(MODELS)}")
+    check(fit.model)
     return MODELS[fit.model](inputs, fit)
 
 

@@ -102,7 +102,10 @@ class Trees(nn.Module):
         )
         absent = set(range(max(2, objective.width))) - set(np.unique(known).tolist())
         if absent and not numeric:
-            raise UserError(f"{FEATURES}: no train row has the label {min(absent)}")
+            raise UserError(
+                f"{FEATURES}: none of the {len(sample):,} train rows that trees see (at most "
+                f"fit.boosting.rows) has the label {min(absent)}"
+            )
         means = _means(train.arrays[0][sample], known, self.means.shape)
         seen, unseen = _matrix(train, sample, means), _matrix(val, held_out, means)
         # scikit-learn takes no column of which nothing is known.
