@@ -126,7 +126,7 @@ def test_of_many_rows_as_many_are_seen_as_were_asked_for(
 
 def test_a_class_without_a_row_is_one_line(checkout: Checkout, options: Fit) -> None:
     rows = _drawn(checkout, "train", "binary"), _drawn(checkout, "val", "binary")
-    with pytest.raises(UserError, match="train rows that trees see .* has the label 2"):
+    with pytest.raises(UserError, match=r"train rows that trees see .* has the label 2"):
         _trees(rows, "multiclass", options)
 
 
