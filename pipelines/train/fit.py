@@ -41,7 +41,7 @@ from pipelines.train.models.inputs import Inputs, Network
 from pipelines.train.module import FeatureData, TaskModule
 from pipelines.train.objectives import Objective
 
-# In the environment of ranks that the first one starts: its process. torchrun starts all of them.
+# In the environment of ranks that the first one starts: its process. torchrun starts all ranks.
 FIRST = "HEADRACE_FIRST_RANK"
 Figures = dict[str, float]
 
@@ -49,11 +49,13 @@ Figures = dict[str, float]
 def run(params: Params) -> None:
     features = params.dataset.features
     models.check(params.fit.model)
-    if params.fit.trainer.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if params.fit.trainer.nodes > 1 and not torchrun:
         raise UserError("fit.trainer.nodes: several are started by torchrun, one on each node")
     if stage.RANK:
-        threading.Thread(target=_end_with_the_first, daemon=True).start()
-    else:
+        starter = os.getppid() if torchrun else int(os.environ[FIRST])
+        threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    elif not torchrun:
         os.environ[FIRST] = str(os.getpid())
     with stage.scratch(f"fit{stage.RANK or ''}") as scratch:
         encoding = data.learn(features.categories, features.numbers, params.dataset.target)
@@ -75,10 +77,9 @@ def run(params: Params) -> None:
     shutil.rmtree(saved, ignore_errors=True)
 
 
-def _end_with_the_first() -> None:
+def _end_with(starter: int) -> None:
     """Where who started this rank dies before they have met, it would ask for it for minutes."""
-    first = int(os.environ.get(FIRST) or os.getppid())
-    while os.getppid() == first:
+    while os.getppid() == starter:
         time.sleep(1)
     os._exit(1)
 
