@@ -136,6 +136,7 @@ def test_a_bundle_explains_what_it_answers(checkout: Checkout) -> None:
     [
         ("{", "line 1 is no record in JSON; expected an object of columns"),
         ("[1]", "line 1 is no record in JSON"),
+        ("[" * 200_000, "line 1 is no record in JSON"),
         ('{"nonsense": 1}', "line 1: the bundle has no column nonsense"),
         ("{}", "line 1 lacks the column origin; what is missing is null"),
         ('{"origin": 5, "x": 1, "y": 1}', "line 1: origin is 5; expected a text or null"),
