@@ -87,7 +87,10 @@ def test_the_repository_holds_valid_params() -> None:
         ({"fit": {"seed": -1}}, "fit.seed: input should be greater than or equal to 0; got -1"),
         ({"fit": {"learning_rate": float("inf")}}, "fit.learning_rate: input should be a finite"),
         ({"fit": {"trainer": {"accelerator": "warp"}}}, "'cpu', 'gpu' or 'auto'; got 'warp'"),
-        ({"fit": {"trainer": {"precision": "16-mixed"}}}, "16-mixed needs a GPU; on a CPU expected"),
+        (
+            {"fit": {"trainer": {"precision": "16-mixed"}}},
+            "16-mixed needs a GPU; on a CPU expected",
+        ),
         ({"fit": {"trainer": {"threads": 100000}}}, "should be less than or equal to 1024"),
         ({"engine": "local[0]"}, "engine: string should match pattern"),
         (
