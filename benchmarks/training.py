@@ -91,7 +91,6 @@ class Turns(pl.Callback):
 
 def turns(encoding: Encoding, train: Rows, val: Rows, options: Fit) -> Doubles:
     """Seconds of the stage and of the bare loop, shape (turns, 2), after the first epoch."""
-    fit.repeatable(options)
     watching = Turns(bare(encoding, train, options))
     with tempfile.TemporaryDirectory() as saved, redirect_stdout(io.StringIO()):
         fit.train_model(encoding, train, val, options, Path(saved), watching=[watching])
