@@ -70,26 +70,24 @@ def held(params: Params) -> Any:
     return study.opened(params, name)
 
 
-def past_trial(checkout: Checkout, number: int) -> tuple[subprocess.Popen[str], psutil.Process]:
-    """A tune in the middle of the trial after that one, and its only worker."""
+def past_a_trial(checkout: Checkout) -> tuple[subprocess.Popen[str], psutil.Process, int]:
+    """A tune in the middle of a trial after the first, its only worker, and the trial's number."""
+    store, experiment = tracking.client(checkout.params())  # an import takes longer than a trial
     process = checkout.start(TUNE)
     assert process.stdout is not None
     for line in process.stdout:
-        if f"trial {number} of" in line:
+        if "trial 1 of" in line:
             break
-    running = {one.number for one in study.trials(held(checkout.params()), {"RUNNING"})}
-    while not running and process.poll() is None:
-        time.sleep(0.01)
+    running, names = set[int](), set[str]()
+    while not (both := [one for one in running if f"trial {one}" in names]):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        # A trial is begun before its run in MLflow, and over soon.
         running = {one.number for one in study.trials(held(checkout.params()), {"RUNNING"})}
-    store, experiment = tracking.client(checkout.params())
-    names: set[str] = set()
-    while not any(f"trial {one}" in names for one in running) and process.poll() is None:
-        time.sleep(0.05)  # the trial is begun, its run in MLflow not yet
         under = store.search_runs([experiment], "attributes.status = 'RUNNING'")
         names = {str(run.info.run_name) for run in under}
     workers = psutil.Process(process.pid).children()
     (worker,) = [one for one in workers if "spawn_main" in " ".join(one.cmdline())]
-    return process, worker
+    return process, worker, both[0]
 
 
 def values(checkout: Checkout) -> list[dict[str, Any]]:
@@ -115,37 +113,40 @@ def test_a_worker_that_is_killed_loses_no_trial_and_counts_none_twice(
     tunable: Checkout, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Taken up again, the trials are those of a study that nobody killed."""
-    tunable.set(tune={"trials": 3})
-    commit()
     tune.run(tunable.params())
     expected = values(tunable)
     git("reset", "-q", "--hard", "HEAD~1" if verdict()["beats"] else "HEAD")
     shutil.rmtree(".state/tune")
-    process, worker = past_trial(tunable, 1)
+    process, worker, number = past_a_trial(tunable)
     worker.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert "1 of 3 trials are done, and workers ended with status -9: run again" in err
+    done = f"{number} of 4 trials are done"
+    assert f"{done}, and workers ended with status -9: run again" in err
     capfd.readouterr()
     tune.run(tunable.params())
-    assert "1 of 3 trials are done" in capfd.readouterr().out
+    assert done in capfd.readouterr().out
     assert values(tunable) == expected
     states = [one.state.name for one in held(tunable.params()).get_trials()]
-    assert sorted(states) == ["COMPLETE"] * 3 + ["FAIL"]
+    assert sorted(states) == ["COMPLETE"] * 4 + ["FAIL"]
     store, experiment = tracking.client(tunable.params())
     killed = store.search_runs([experiment], "attributes.status = 'KILLED'")
-    assert [run.info.run_name for run in killed] == ["trial 1"]
+    assert [run.info.run_name for run in killed] == [f"trial {number}"]
 
 
 def test_a_tune_that_is_killed_takes_its_workers_along(tunable: Checkout) -> None:
-    process, worker = past_trial(tunable, 1)
+    tunable.set(tune={"trials": 100})  # it ends by the kill alone
+    commit()
+    process, worker, _ = past_a_trial(tunable)
     process.kill()
     process.communicate(timeout=60)
     worker.wait(timeout=20)
 
 
 def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing_running(tunable: Checkout) -> None:
-    process, worker = past_trial(tunable, 1)
+    tunable.set(tune={"trials": 100})
+    commit()
+    process, worker, _ = past_a_trial(tunable)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
