@@ -86,8 +86,16 @@ def task(contract: Mapping[str, Any]) -> str:
     return str(contract.get("task", "binary"))
 
 
+def answer(contract: Mapping[str, Any]) -> pa.Schema:
+    """The columns of what a bundle answers, as every table keeps them."""
+    columns = [pa.field(PREDICTION, pa.float32())]
+    if task(contract) == "multiclass":
+        columns.append(pa.field(PROBABILITIES, pa.list_(pa.float32())))
+    return pa.schema(columns)
+
+
 def answered(rows: pa.Table, prediction: npt.NDArray[np.float32]) -> pa.Table:
-    """The rows with what was answered, as every table keeps it."""
+    """The rows with the columns of `answer`."""
     held = rows.append_column(PREDICTION, pa.array(metrics.watched(prediction)))
     if prediction.ndim == 1:
         return held

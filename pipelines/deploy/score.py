@@ -37,9 +37,7 @@ def run(params: Params) -> None:
 
     contract = bundle.load(bundle.FOLDER).contract
     columns = wanted(params, contract["columns"])
-    task = bundle.task(contract)
-    added = [bundle.PREDICTION, *([bundle.PROBABILITIES] if task == "multiclass" else [])]
-    suite = expected.suite(task, [*columns, *added])
+    suite = expected.suite(bundle.task(contract), [*columns, *bundle.answer(contract).names])
     with (
         stage.scratch("score") as scratch,
         stage.fresh(PREDICTIONS) as out,
@@ -81,13 +79,12 @@ def newest(features: "DataFrame", columns: list[str], params: Params) -> "DataFr
 
 def scored(rows: "DataFrame", contract: dict[str, Any]) -> "DataFrame":
     """The rows with the bundle's answers."""
-    from pyspark.sql.types import ArrayType, FloatType, StructType
+    from pyspark.sql.pandas.types import from_arrow_schema
+    from pyspark.sql.types import StructType
 
     model = (bundle.FOLDER / bundle.MODEL).read_bytes()
-    schema = StructType(rows.schema.fields).add(bundle.PREDICTION, FloatType())
-    if bundle.task(contract) == "multiclass":
-        schema = schema.add(bundle.PROBABILITIES, ArrayType(FloatType()))
-    return rows.mapInArrow(asking(model, contract), schema)
+    added = from_arrow_schema(bundle.answer(contract))
+    return rows.mapInArrow(asking(model, contract), StructType([*rows.schema, *added]))
 
 
 def asking(model: bytes, contract: dict[str, Any]) -> Mapper:

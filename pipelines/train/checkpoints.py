@@ -196,7 +196,7 @@ class Checkpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        mine = {"random": _random(), "seen": module.seen}
+        mine = {"random": _random(), "lost": module.lost, "rows": module.rows}
         all_ = [mine]
         if trainer.world_size > 1:
             all_ = [{} for _ in range(trainer.world_size)]
@@ -207,7 +207,7 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         mine = checkpoint[PROCESSES][trainer.global_rank]
-        self.random, module.seen = mine["random"], mine["seen"]
+        self.random, module.lost, module.rows = mine["random"], mine["lost"], mine["rows"]
         if trainer.is_global_zero:
             stage.say("fit", f"going on after step {checkpoint['global_step']}")
 

@@ -6,6 +6,8 @@ pipelines/train/objectives.py has them.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +35,7 @@ class TaskModule(pl.LightningModule):
         # and the place in the epoch would be lost.
         self.head, self.options, self.steps = head, fit, steps
         # Of the epoch so far: the sum of the rows' losses, and their number.
-        self.seen = torch.zeros(2, dtype=torch.float64)
+        self.lost, self.rows = torch.zeros((), dtype=torch.float64), 0
         self._seen: list[torch.Tensor] = []
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
@@ -41,9 +43,8 @@ class TaskModule(pl.LightningModule):
         logits = self.head(codes, numbers)
         losses = self.objective.losses(logits, self.objective.known(labels))
         members = logits.shape[1]
-        total = losses.detach() / members
-        self.seen = self.seen.to(total.device)
-        self.seen += torch.stack([total, total.new_tensor(len(labels))])
+        self.lost = self.lost + losses.detach() / members
+        self.rows += len(labels)
         # DDP takes the mean over processes, whose parts of the last batch differ by a row.
         batches = cast(Batches, self.trainer.train_dataloader)
         mean: torch.Tensor = losses / (members * batches.given / self.trainer.world_size)
@@ -71,9 +72,10 @@ class TaskModule(pl.LightningModule):
         self.log("val_loss", figures[self.task.loss], sync_dist=True)
         self.log(f"val_{self.task.told}", figures[self.task.told], sync_dist=True)
         # Here, since callbacks read it before the hook for the end of an epoch.
-        losses, rows = np.sum(self._gathered(self.seen.cpu().numpy()), axis=0)
+        mine = np.array([float(self.lost), self.rows])
+        losses, rows = np.sum(self._gathered(mine), axis=0)
         self.log("train_loss", losses / rows, sync_dist=True)
-        self.seen.zero_()
+        self.lost, self.rows = torch.zeros_like(self.lost), 0
 
     def _gathered(self, mine: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """The arrays of all processes, of any lengths."""
@@ -141,7 +143,8 @@ class FeatureData(pl.LightningDataModule):
 
 class Batches:
     """Batches of rows in order, or with a seed shuffled anew in each epoch; of several processes
-    each takes its part (which, of how many) of every batch. Its state is its place.
+    each takes its part (which, of how many) of every batch. Its state is its place. A thread takes
+    the next batch, whose rows lie anywhere on the disk, while the one before is learned.
     """
 
     def __init__(
@@ -150,6 +153,10 @@ class Batches:
         self.rows, self.size, self.seed = rows, size, seed
         self.which, self.parts = part
         self.epoch, self.place = 0, 0
+        self._order = lru_cache(1)(self._ordered)
+        self._ahead = ThreadPoolExecutor(1)
+        self._asked: tuple[int, int] | None = None
+        self._coming = Future[Batch]()
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
@@ -161,18 +168,31 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         # Who takes all batches need not ask for one more: an epoch ends where the next begins.
-        if self.place == len(self):
-            self.epoch, self.place = self.epoch + 1, 0
-        order = self._order()
+        self.epoch, self.place = self._at()
         while self.place < len(self):
-            batch = order[self.place * self.size : (self.place + 1) * self.size]
+            if self._asked != self._at():  # the first, also after a checkpoint
+                self._ask()
+            batch = self._coming.result()
             self.place += 1
-            yield self.rows.take(batch[self.which :: self.parts])
+            self._ask()
+            yield batch
 
-    def _order(self) -> npt.NDArray[np.int64]:
+    def _at(self) -> tuple[int, int]:
+        """The epoch and the place of the batch that comes."""
+        return (self.epoch + 1, 0) if self.place == len(self) else (self.epoch, self.place)
+
+    def _ask(self) -> None:
+        self._asked = self._at()
+        self._coming = self._ahead.submit(self._take, *self._asked)
+
+    def _take(self, epoch: int, place: int) -> Batch:
+        batch = self._order(epoch)[place * self.size : (place + 1) * self.size]
+        return self.rows.take(batch[self.which :: self.parts])
+
+    def _ordered(self, epoch: int) -> npt.NDArray[np.int64]:
         if self.seed is None:
             return np.arange(len(self.rows))
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "place": self.place}

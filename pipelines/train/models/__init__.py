@@ -5,6 +5,7 @@ members, width). Of what it consists, a network learns by gradient and trees are
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pipelines.errors import UserError
 from pipelines.params import Fit
@@ -15,24 +16,22 @@ from pipelines.train.models.inputs import Inputs, Network
 
 Model = Network | Trees | Blend
 
-MODELS: dict[str, Callable[[Inputs, Fit], Model]] = {
-    "logistic": logistic.build,
-    "mlp": mlp.build,
-    "tabm": tabm.build,
-    "boosting": boosting.build,
-    "blend": blend.build,
-}
+
+class Kind(NamedTuple):
+    """How a model is built, and the keys of `fit` on which it depends, of those that are tuned."""
+
+    build: Callable[[Inputs, Fit], Model]
+    keys: set[str]
 
 
-# What each makes of the keys of `fit` that can be tuned: with others it is the same model.
 _LEARNED = {"batch_size", "max_epochs", "patience", "learning_rate", "weight_decay"}
 _LAYERED = _LEARNED | {"dropout", "hidden", "members"}
-USED = {
-    "logistic": _LEARNED,
-    "mlp": _LAYERED,
-    "tabm": _LAYERED,
-    "boosting": {"boosting"},
-    "blend": _LAYERED | {"boosting"},
+MODELS = {
+    "logistic": Kind(logistic.build, _LEARNED),
+    "mlp": Kind(mlp.build, _LAYERED),
+    "tabm": Kind(tabm.build, _LAYERED),
+    "boosting": Kind(boosting.build, {"boosting"}),
+    "blend": Kind(blend.build, _LAYERED | {"boosting"}),
 }
 
 
@@ -44,13 +43,13 @@ def check(name: str) -> None:
 
 def uses(name: str, key: str) -> bool:
     """Whether the model depends on a key of `fit`, such as boosting.leaves."""
-    return key.partition(".")[0] in USED[name]
+    return key.partition(".")[0] in MODELS[name].keys
 
 
 def build(inputs: Inputs, fit: Fit) -> Model:
     """The model `fit.model` names, with fresh weights. Raises UserError for an unknown name."""
     check(fit.model)
-    return MODELS[fit.model](inputs, fit)
+    return MODELS[fit.model].build(inputs, fit)
 
 
 def parts(model: Model) -> tuple[Network | None, Trees | None]:
