@@ -118,7 +118,7 @@ def bare(encoding: Encoding, train: Rows, options: Fit) -> Iterator[None]:
     objective = objectives.of(encoding.target)
     module = TaskModule(network.head, metrics.TASKS["binary"], objective, options, steps)
     configured = module.configure_optimizers()
-    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
     while True:
         for batch in torch.randperm(len(train)).split(options.batch_size):
             logits = network.head(codes[batch], numbers[batch])

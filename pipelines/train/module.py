@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines import metrics
 from pipelines.params import Fit
@@ -30,6 +32,7 @@ class TaskModule(pl.LightningModule):
         self, head: nn.Module, task: metrics.Task, objective: Objective, fit: Fit, steps: int
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.task, self.objective = task, objective
         # Lightning's own estimate of the steps would read the data before a checkpoint is loaded,
         # and the place in the epoch would be lost.
@@ -38,7 +41,7 @@ class TaskModule(pl.LightningModule):
         self.lost, self.rows = torch.zeros((), dtype=torch.float64), 0
         self._seen: list[torch.Tensor] = []
 
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, _: int) -> None:
         codes, numbers, labels = batch
         logits = self.head(codes, numbers)
         losses = self.objective.losses(logits, self.objective.known(labels))
@@ -48,7 +51,13 @@ class TaskModule(pl.LightningModule):
         # DDP takes the mean over processes, whose parts of the last batch differ by a row.
         batches = cast(Batches, self.trainer.train_dataloader)
         mean: torch.Tensor = losses / (members * batches.given / self.trainer.world_size)
-        return mean
+        # By hand: in a small network's step Lightning's closure shows.
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        schedule = cast(OneCycleLR, self.lr_schedulers())
+        optimizer.zero_grad()
+        self.manual_backward(mean)
+        optimizer.step()
+        schedule.step()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         codes, numbers, labels = batch
@@ -108,7 +117,7 @@ class TaskModule(pl.LightningModule):
             ],
             lr=self.options.learning_rate,
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
+        schedule = OneCycleLR(
             optimizer,
             self.options.learning_rate,
             total_steps=self.steps,
@@ -116,10 +125,7 @@ class TaskModule(pl.LightningModule):
             cycle_momentum=False,
             final_div_factor=100,
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class FeatureData(pl.LightningDataModule):
