@@ -17,7 +17,7 @@ from pipelines import stage
 from pipelines.deploy.replicas import free_port
 from pipelines.train import fitted
 
-KILLS = 5
+KILLS = 10
 
 
 @pytest.fixture
