@@ -6,8 +6,7 @@ pipelines/train/objectives.py has them.
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -159,10 +158,6 @@ class Batches:
         self.rows, self.size, self.seed = rows, size, seed
         self.which, self.parts = part
         self.epoch, self.place = 0, 0
-        self._order = lru_cache(1)(self._ordered)
-        self._ahead = ThreadPoolExecutor(1)
-        self._asked: tuple[int, int] | None = None
-        self._coming = Future[Batch]()
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
@@ -174,31 +169,27 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         # Who takes all batches need not ask for one more: an epoch ends where the next begins.
-        self.epoch, self.place = self._at()
+        if self.place == len(self):
+            self.epoch, self.place = self.epoch + 1, 0
+        order, ahead = self._order(), ThreadPoolExecutor(1)
+        coming = ahead.submit(self._take, order, self.place)
         while self.place < len(self):
-            if self._asked != self._at():  # the first, also after a checkpoint
-                self._ask()
-            batch = self._coming.result()
+            batch = coming.result()
             self.place += 1
-            self._ask()
+            if self.place < len(self):
+                coming = ahead.submit(self._take, order, self.place)
+            else:
+                ahead.shutdown()
             yield batch
 
-    def _at(self) -> tuple[int, int]:
-        """The epoch and the place of the batch that comes."""
-        return (self.epoch + 1, 0) if self.place == len(self) else (self.epoch, self.place)
-
-    def _ask(self) -> None:
-        self._asked = self._at()
-        self._coming = self._ahead.submit(self._take, *self._asked)
-
-    def _take(self, epoch: int, place: int) -> Batch:
-        batch = self._order(epoch)[place * self.size : (place + 1) * self.size]
+    def _take(self, order: npt.NDArray[np.int64], place: int) -> Batch:
+        batch = order[place * self.size : (place + 1) * self.size]
         return self.rows.take(batch[self.which :: self.parts])
 
-    def _ordered(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order(self) -> npt.NDArray[np.int64]:
         if self.seed is None:
             return np.arange(len(self.rows))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "place": self.place}
