@@ -47,6 +47,7 @@ THREADS = 2
 STOP = 50  # rounds of boosting without a better validation loss
 Floats = npt.NDArray[np.float64]
 Predict = Callable[[Rows], npt.NDArray[Any]]
+Space = Callable[[Any], dict[str, Any]]
 Trainer = Callable[[Mapping[str, Any], "Split", int], Predict]
 
 
@@ -72,8 +73,10 @@ def main() -> None:
 def tune(params: Params, names: list[str]) -> None:
     held = split(params, "tuning", _day(2013, 6), _day(2013, 7), _day(2013, 7))
     for name in names:
+        space, train = CONTENDERS[name]
+        values = tuned(name, space, train, held) if space else {}
         found = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-        text = json.dumps(found | {name: tuned(name, held)}, indent=2, sort_keys=True)
+        text = json.dumps(found | {name: values}, indent=2, sort_keys=True)
         TUNED.write_text(text + "\n")
 
 
@@ -142,13 +145,12 @@ def split(params: Params, name: str, val: datetime, test: datetime, end: datetim
     return Split(encoding, *held, params.fit)
 
 
-def tuned(name: str, held: Split) -> dict[str, Any]:
+def tuned(name: str, space: Space, train: Trainer, held: Split) -> dict[str, Any]:
     """The values of the trial with the smallest validation loss."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    space, train = CONTENDERS[name]
     begun = time.perf_counter()
 
     def loss(trial: Any) -> float:
@@ -345,8 +347,10 @@ def _catboost(values: Mapping[str, Any], held: Split, seed: int) -> Predict:
     return lambda rows: model.predict_proba(pool(rows))[:, 1]
 
 
-CONTENDERS: dict[str, tuple[Callable[[Any], dict[str, Any]], Trainer]] = {
-    "headrace": (_blend_space, _ours),
+# The space of each, None where nothing is sought: `shipped` has the values of params.yaml.
+CONTENDERS: dict[str, tuple[Space | None, Trainer]] = {
+    "blend": (_blend_space, _ours),
+    "shipped": (None, _ours),
     "network": (_network_space, _ours),
     "lightgbm": (_lightgbm_space, _lightgbm),
     "xgboost": (_xgboost_space, _xgboost),

@@ -78,7 +78,7 @@ class Home:
         self.faults: dict[str, str] = {}
         self.expected: dict[str, list[float]] = {}
         table = pq.read_table(self.original / bundle.REFERENCE).slice(0, ROWS)
-        contract = stage.read_json(self.original / bundle.CONTRACT)
+        contract = bundle.contract(self.original)
         self.rows = table.select([column["name"] for column in contract["columns"]])
         self.bodies = [
             json.dumps({k: None if v != v else v for k, v in row.items()}).encode()

@@ -113,7 +113,7 @@ def configured(home: Path) -> str:
 
 def one_row(folder: Path) -> dict[str, Any]:
     """A row of the reference without a missing value, so that every server takes it."""
-    contract = stage.read_json(folder / bundle.CONTRACT)
+    contract = bundle.contract(folder)
     names = [column["name"] for column in contract["columns"]]
     rows = pq.read_table(folder / bundle.REFERENCE, columns=names).to_pylist()
     return next(row for row in rows if all(v is not None and v == v for v in row.values()))
@@ -126,7 +126,7 @@ def as_mlflow(home: Path, folder: Path) -> Path:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
-    contract = stage.read_json(folder / bundle.CONTRACT)
+    contract = bundle.contract(folder)
     kinds = {"string": "string", "float32": "double"}
     columns = [ColSpec(kinds[c["type"]], c["name"]) for c in contract["columns"]]
     mlflow.onnx.save_model(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import metrics, stage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, intact
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -112,17 +112,25 @@ def answers(table: pa.Table) -> npt.NDArray[np.float32]:
 
 
 def load(folder: Path) -> Scorer:
-    """Open the bundle in `folder`, which this checkout made. Raises UserError where it is
-    missing.
+    """Open the bundle in `folder`, which this checkout made. Raises UserError where it is missing
+    or damaged.
     """
-    contract = stage.read_json(folder / CONTRACT)
-    if not (folder / MODEL).is_file():
-        raise UserError(f"{folder / MODEL} is missing; run dvc repro package")
-    return Scorer(contract, open_session(folder / MODEL))
+    held = contract(folder)
+    # ONNX Runtime raises many kinds.
+    with intact(folder / MODEL, "ONNX model", Exception):
+        return Scorer(held, open_session((folder / MODEL).read_bytes()))
 
 
-def open_session(model: Path | bytes, threads: int = 0) -> "InferenceSession":
-    """ONNX Runtime on a model; 0 threads leaves their number to it."""
+def contract(folder: Path = FOLDER) -> dict[str, Any]:
+    """The contract of the bundle in `folder`. Raises UserError where it is missing or damaged."""
+    with intact(folder / CONTRACT, "contract"):
+        return _contract(folder / CONTRACT, (folder / CONTRACT).read_bytes())
+
+
+def open_session(model: Path | bytes, threads: int = 1) -> "InferenceSession":
+    """ONNX Runtime on a model. Several threads share the rows of a call at any place, so that one's
+    last digit may depend on those beside it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,6 @@
-"""The exceptions that speak to people, and the one fault that names its file: a full disk."""
+"""The exceptions that speak to people, and what is told by the name of its file: a full disk, and
+a file that is missing or damaged.
+"""
 
 import errno
 import os
@@ -41,6 +43,30 @@ def naming(place: Path | str) -> Iterator[None]:
         if named or isinstance(error, UserError) or not _full(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+
+
+@contextmanager
+def intact(file: Path, kind: str, *damage: type[Exception]) -> Iterator[None]:
+    """What reads a file that an earlier stage wrote. Raises UserError where it is missing, may not
+    be read, or is no whole file of its kind, which the reader tells by an error of `damage`.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; run the stage that writes it: dvc repro") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except damage as error:
+        # What the system could not do says nothing of the file.
+        if isinstance(error, MemoryError | ImportError) or (
+            isinstance(error, OSError) and error.errno
+        ):
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{file} is no whole {kind} ({said}); bring it back: dvc checkout, or make it again: "
+            "dvc repro"
+        ) from None
 
 
 def _full(error: BaseException | None) -> bool:

@@ -152,6 +152,13 @@ def of_classes(label: Numbers, prediction: Numbers) -> Measure:
     return measure
 
 
+def unit(label: npt.NDArray[Any], task: str) -> float:
+    """What tells how large a difference of predictions is: of a probability 1, of a number the
+    standard deviation of its labels.
+    """
+    return float(label.std()) or 1.0 if task == "regression" else 1.0
+
+
 @dataclass(frozen=True)
 class Task:
     """How the predictions of a kind of label are measured.

@@ -157,10 +157,10 @@ def _data() -> list[str]:
 
 def _quality() -> list[str]:
     outcome = stage.read_json(REPORTS / "evaluate" / "verdict.json")
-    lines = ["", f"  {'test rows':<18}{'model':<26}gradient boosting"]
+    lines = ["", f"  {'test rows':<18}{'model':<29}gradient boosting"]
     for name, figure in outcome["metrics"].items():
         lines.append(
-            f"  {name.replace('_', ' '):<18}{_figure(figure):<26}"
+            f"  {name.replace('_', ' '):<18}{_figure(figure):<29}"
             f"{_figure(outcome['baseline'][name])}"
         )
     checks = outcome["behaviour"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params as parameters
-from pipelines.errors import TransientError, UserError, naming
+from pipelines.errors import TransientError, UserError, intact, naming
 from pipelines.params import Params
 from pipelines.recorder import Recorder
 
@@ -323,11 +323,11 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that an earlier stage wrote."""
-    try:
+    """Read a JSON file that an earlier stage wrote. Raises UserError where it is missing or
+    damaged.
+    """
+    with intact(path, "JSON file", ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the stage that writes it: dvc repro") from None
 
 
 def digest(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError, naming
+from pipelines.errors import UserError, intact, naming
+
+# What is read, and how its reader tells of damage.
+PARQUET = ("Parquet file", pa.ArrowInvalid, OSError)
 
 
 def write(table: pa.Table, path: Path) -> None:
@@ -86,31 +88,25 @@ def read_months(folder: Path, columns: Sequence[str] | None = None) -> Iterator[
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file. Raises UserError where it is damaged."""
-    with _damage(file):
+    """One Parquet file. Raises UserError where it is missing, damaged or lacks a column."""
+    check_columns(file, columns or ())  # read_table takes a folder for an empty table
+    with intact(file, *PARQUET):
         return pq.read_table(file, columns=None if columns is None else list(columns))
 
 
+def check_columns(file: Path, wanted: Sequence[str]) -> None:
+    """Raise UserError where a Parquet file is missing, damaged or lacks a column."""
+    held = footer(file).schema.to_arrow_schema().names
+    if lacking := [name for name in wanted if name not in held]:
+        raise UserError(f"{file}: column {lacking[0]} is missing; it is asked for")
+
+
 def footer(file: Path) -> pq.FileMetaData:
-    """What a Parquet file says of itself. Raises UserError where it is damaged."""
-    with _damage(file):
+    """What a Parquet file says of itself. Raises UserError where it is missing or damaged."""
+    with intact(file, *PARQUET):
         return pq.read_metadata(file)
 
 
 def count(folder: Path) -> int:
     """The number of rows, from the footers alone."""
     return sum(footer(file).num_rows for file in folder.glob("*.parquet"))
-
-
-@contextmanager
-def _damage(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:
-        said = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"{file} is no whole Parquet file ({said}); bring it back: dvc checkout, or make it "
-            "again: dvc repro"
-        ) from None

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+import seaweed
+from seaweed import Seaweed
 from world import ROOT, Checkout, checked_out, thin
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -61,6 +64,25 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     return moto
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server, with a bucket: `lake`."""
+    with seaweed.running(tmp_path_factory.mktemp("weed")) as server:
+        server.bucket("lake")
+        yield server
+
+
+@pytest.fixture
+def race_url(weed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new place in S3 for writers at once, and an environment in which boto3 finds it. moto looks
+    and then writes: there, two can be the first.
+    """
+    for name, value in weed.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the first keys that it met
+    return f"s3://lake/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

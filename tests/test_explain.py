@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from world import Checkout
 
 from pipelines import bundle, tables
-from pipelines.explain import explain
+from pipelines.explain import explain, ordered
 
 NAMES = ["colour", "a", "b", "c", "spare"]
 COLOURS = ["", "blue", "red"]
@@ -107,6 +107,16 @@ def test_rows_of_one_reference_start_from_one_base() -> None:
     assert len(bases) == 1
 
 
+def test_few_rows_in_order_of_their_prediction_have_the_base_of_all() -> None:
+    random = np.random.default_rng(0)
+    net, rows = Net(1), _rows(2, 5000).take(random.permutation(5000))
+    said = net.predict(rows).astype(float)
+    reference = ordered(rows.append_column(bundle.PREDICTION, pa.array(said)))
+    for seed in range(20):
+        base = explain(net, rows.slice(0, 1), reference, orders=64, seed=seed).base
+        assert abs(base - said.mean()) < said.std() / np.sqrt(64) / 2  # of rows drawn at random
+
+
 def _told(checkout: Checkout, lines: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pipelines.explain"]
     return subprocess.run(
@@ -140,6 +150,7 @@ def test_a_bundle_explains_what_it_answers(checkout: Checkout) -> None:
         ('{"nonsense": 1}', "line 1: the bundle has no column nonsense"),
         ("{}", "line 1 lacks the column origin; what is missing is null"),
         ('{"origin": 5, "x": 1, "y": 1}', "line 1: origin is 5; expected a text or null"),
+        ('{"origin": "\\ud800", "x": 1, "y": 1}', 'line 1: origin is "\\ud800"; expected a text'),
         ('{"origin": null, "x": "far", "y": 1}', 'line 1: x is "far"; expected a number or null'),
         ('{"origin": null, "x": true, "y": 1}', "line 1: x is true; expected a number or null"),
         ('{"origin": null, "x": NaN, "y": 1}', "line 1: x is NaN; expected a number or null"),

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import bundle, metrics, stage, tables
 from pipelines.params import Drift, Params
@@ -33,8 +32,8 @@ VERDICT = Path("reports/drift/verdict.json")
 
 
 def run(params: Params) -> None:
-    contract = stage.read_json(bundle.FOLDER / bundle.CONTRACT)
-    reference = pq.read_table(bundle.FOLDER / bundle.REFERENCE)
+    contract = bundle.contract()
+    reference = tables.read_file(bundle.FOLDER / bundle.REFERENCE)
     window = tables.read(PREDICTIONS)
     stage.say(
         "drift",

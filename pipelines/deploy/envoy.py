@@ -150,8 +150,8 @@ def _publish(path: Path, resources: list[dict[str, Any]]) -> str:
     version = hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
     value = {"version_info": version, "resources": resources}
     try:
-        same = path.is_file() and stage.read_json(path) == value
-    except ValueError:  # damaged
+        same = stage.read_json(path) == value
+    except UserError:  # not there, or damaged
         same = False
     if not same:
         stage.write_json(path, value)

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
 from pipelines.bundle import Scorer
@@ -40,7 +39,7 @@ def run(params: Params) -> None:
     if not bundle.FOLDER.is_dir():
         raise UserError(f"{bundle.FOLDER} is missing; make it: make run")
     digest = stage.digest(bundle.FOLDER)
-    task = bundle.task(stage.read_json(bundle.FOLDER / bundle.CONTRACT))
+    task = bundle.task(bundle.contract())
     if task != "binary":
         raise UserError(f"{bundle.FOLDER}: its task is {task}; what is released is binary")
     held = registry.of(params)
@@ -91,7 +90,7 @@ def judge(held: Registry, params: Params, against: int | None) -> tuple[dict[str
 
 def _lacking(scorer: Scorer) -> list[str]:
     """The columns that a bundle wants and the features of today lack: it can answer no more."""
-    held = pq.read_schema(tables.months(FEATURES)[-1]).names
+    held = tables.footer(tables.months(FEATURES)[-1]).schema.names
     return [column["name"] for column in scorer.contract["columns"] if column["name"] not in held]
 
 
@@ -120,10 +119,8 @@ def test_rows(params: Params, contracts: Sequence[dict[str, Any]]) -> pa.Table:
     names = list(dict.fromkeys([params.dataset.time, "label", *params.dataset.slices, *wanted]))
     parts = []
     for file in tables.months(FEATURES):
-        held = pq.read_schema(file).names
-        if lacking := [name for name in names if name not in held]:
-            raise UserError(f"{file}: column {lacking[0]} is missing; a bundle wants it")
-        parts.append(pq.read_table(file, columns=names, filters=pc.field("split") == "test"))
+        rows = tables.read_file(file, list(dict.fromkeys([*names, "split"])))
+        parts.append(rows.filter(pc.equal(rows["split"], "test")).select(names))
     return pa.concat_tables(parts)
 
 

@@ -28,11 +28,12 @@ RECORD = Path("reports/register/record.json")
 
 def run(params: Params) -> None:
     digest = stage.digest(bundle.FOLDER)
-    contract = stage.read_json(bundle.FOLDER / bundle.CONTRACT)
+    contract = bundle.contract()
     held = registry.of(params)
     version = held.find(digest)
     new = version is None
     if version is None:
+        bundle.verify(bundle.FOLDER, digest)
         with naming(params.tracking.artifacts):
             version = create(held, tracking.client(params)[1], digest, contract)
     drop_younger(held, digest, version)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import bundle, stage, tables
 from pipelines.deploy import expected
@@ -55,7 +54,7 @@ def run(params: Params) -> None:
             frame, params.dataset.time, params.dataset.key, out, scratch / "predictions"
         )
         for file in tables.months(out):
-            expected.check(pq.read_table(file), suite, PREDICTIONS / file.name)
+            expected.check(tables.read_file(file), suite, PREDICTIONS / file.name)
     stage.say("score", f"{sum(counts.values()):,} rows of the last {params.score.window_days} days")
 
 
@@ -63,9 +62,7 @@ def wanted(params: Params, columns: list[dict[str, str]]) -> list[str]:
     """The names of what is written, each of which every month of features must hold."""
     names = [*params.dataset.key, params.dataset.time, "label", *(one["name"] for one in columns)]
     for file in tables.months(FEATURES):
-        held = pq.read_schema(file).names
-        if lacking := [name for name in names if name not in held]:
-            raise UserError(f"{file}: column {lacking[0]} is missing; the bundle wants it")
+        tables.check_columns(file, names)
     return list(dict.fromkeys(names))
 
 
@@ -91,7 +88,7 @@ def asking(model: bytes, contract: dict[str, Any]) -> Mapper:
     """A function for the engine's workers: batches of rows to batches with answers."""
 
     def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-        scorer = bundle.Scorer(contract, bundle.open_session(model, threads=1))
+        scorer = bundle.Scorer(contract, bundle.open_session(model))
         for batch in batches:
             rows = pa.Table.from_batches([batch])
             yield from bundle.answered(rows, scorer.predict(rows)).combine_chunks().to_batches()

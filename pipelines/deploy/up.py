@@ -14,9 +14,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from pipelines import bundle, stage
+from pipelines import bundle, stage, tables
 from pipelines.deploy import promotion, registry, serving, targets
 from pipelines.deploy.serve.keys import Keys
 from pipelines.deploy.supervise import TICK, Supervisor
@@ -99,8 +97,8 @@ def _answers(target: Local) -> bool:
 
 def _example(folder: Path) -> str:
     """A row of the bundle's reference as /predict takes it."""
-    columns = [one["name"] for one in stage.read_json(folder / bundle.CONTRACT)["columns"]]
-    row = pq.read_table(folder / bundle.REFERENCE, columns=columns).slice(0, 1).to_pylist()[0]
+    columns = [one["name"] for one in bundle.contract(folder)["columns"]]
+    row = tables.read_file(folder / bundle.REFERENCE, columns).slice(0, 1).to_pylist()[0]
     return json.dumps({name: _plain(value) for name, value in row.items()})
 
 

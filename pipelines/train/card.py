@@ -11,7 +11,8 @@ on rows of the bundle's reference (pipelines/explain.py).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import pyarrow as pa
 from pipelines import bundle, explain, metrics, stage, tables
 from pipelines import params as parameters
 from pipelines.errors import UserError
+from pipelines.explain import Explained, Floats
 from pipelines.params import Contract, Params
 from pipelines.train.markdown import table
 
 CARD = Path("reports/model_card.md")
 PAGE = Path("reports/model_card.html")
 VERDICTS = ("validate", "evaluate", "package")
-# Rows of the reference, and orders of the columns on each: enough to tell the first columns apart.
-ROWS, ORDERS = 100, 8
+# Rows of the reference, and orders of the columns on each.
+ROWS, ORDERS = 300, 8
 SHOWN = 15
 CLASSES = (
     "Mean prediction and mean label are of the class that is watched; the calibration error is the "
@@ -233,25 +235,41 @@ def _behaviour(verdict: Verdicts) -> list[str]:
 
 
 def _moving(scorer: bundle.Scorer) -> list[str]:
-    """The columns that move predictions most: the mean size of what they add."""
+    """The columns that move predictions most."""
     reference = tables.read_file(bundle.FOLDER / bundle.REFERENCE)
     rows: pa.Table = reference.take(pa.array(tables.spaced(reference.num_rows, ROWS)))
-    sizes = np.mean(
-        [
-            np.abs(explain.explain(scorer, rows.slice(at, 1), reference, ORDERS).contributions)
-            for at in range(rows.num_rows)
-        ],
-        axis=0,
-    )
+    # Each from other rows and orders, so that chance does not lift the same column in all.
+    found = [
+        explain.explain(scorer, rows.slice(at, 1), reference, ORDERS, seed=at)
+        for at in range(rows.num_rows)
+    ]
+    sizes, errors = size(found)
     names = [column["name"] for column in scorer.contract["columns"]]
     first = np.argsort(-sizes, kind="stable")[:SHOWN]
     return [
         *_section("What moves it most"),
-        f"The mean size of what a column adds to the prediction, on {rows.num_rows} rows of the "
-        "reference. Of one row: `python -m pipelines.explain`.",
+        "The size (root mean square) of what a column adds to the prediction, with its standard "
+        f"error, on {rows.num_rows} rows of the reference. Of one row: `python -m "
+        "pipelines.explain`.",
         "",
-        *table(["column", "adds"], [[names[at], f"{sizes[at]:.3f}"] for at in first]),
+        *table(
+            ["column", "adds"], [[names[at], f"{sizes[at]:.3f} ± {errors[at]:.3f}"] for at in first]
+        ),
     ]
+
+
+def size(found: Sequence[Explained]) -> tuple[Floats, Floats]:
+    """(columns,) the root of the mean square of what each adds, and its standard error to first
+    order.
+    """
+    added, noise = (
+        np.array([getattr(one, name) for one in found]) for name in ("contributions", "errors")
+    )
+    # An estimate's own error makes its square larger.
+    squares = added**2 - noise**2
+    sizes = np.sqrt(np.maximum(squares.mean(axis=0), 0.0))
+    spread = squares.std(axis=0, ddof=1) / math.sqrt(len(found))
+    return sizes, spread / np.maximum(2 * sizes, np.sqrt(spread))
 
 
 def _made(made: Mapping[str, Any], verdict: Verdicts) -> list[str]:

@@ -165,9 +165,7 @@ def _mapped(path: Path, kind: npt.DTypeLike, shape: tuple[int, ...]) -> np.memma
 
 
 def _count(file: Path, split: str) -> int:
-    import pyarrow.parquet as pq
-
-    column = pq.read_table(file, columns=["split"])["split"]
+    column = tables.read_file(file, ["split"])["split"]
     return int(pc.sum(pc.equal(column, split)).as_py() or 0)
 
 

@@ -86,7 +86,7 @@ def run(params: Params) -> None:
     }
     outcome |= judge(outcome, task, params.evaluate)
     with stage.page(PAGE, VERDICT):
-        draw(outcome, PAGE)
+        draw(outcome, params.dataset.target.classes, PAGE)
         stage.write_json(VERDICT, outcome)
     ours, reference = (outcome[who][task.main]["value"] for who in ("metrics", "baseline"))
     verdict = "passed" if outcome["passed"] else "; ".join(outcome["reasons"])
@@ -162,6 +162,7 @@ def canary_auc(params: Params, scratch: Path) -> float:
     short = params.fit.model_copy(
         update={"max_epochs": params.evaluate.canary_epochs, "trainer": alone}
     )
+    stage.say("evaluate", f"the leak canary learns from {len(encoding.columns)} features")
     model = train_model(encoding, rows["train"], rows["val"], short, scratch).model
     found = metrics.watched(model.predict(rows["test"]))
     return metrics.point(happened(rows["test"], encoding), _ranks(found))["auc"]
@@ -269,8 +270,7 @@ def apart(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def behave(model: Fitted, test: Rows, dataset: "Dataset", limits: Evaluate) -> list[dict[str, Any]]:
     """What must hold of the mean risk when a column is changed, on every test row."""
     before = mean_risk(model, test)
-    # A probability by its own measure, a number by how far the labels spread.
-    unit = test.labels.std() if model.encoding.target.task == "regression" else 1.0
+    unit = metrics.unit(test.labels, model.encoding.target.task)
     checks = []
     for name, added in dataset.behaviour.raises.items():
         after = mean_risk(model, test, add=added)
@@ -331,11 +331,14 @@ def judge(outcome: dict[str, Any], task: metrics.Task, limits: Evaluate) -> dict
     return {"passed": not reasons, "reasons": reasons}
 
 
-def draw(outcome: dict[str, Any], path: Path) -> None:
-    """One picture: calibration, the figures beside the baseline's, and AUC by slice."""
+def draw(outcome: dict[str, Any], classes: Sequence[str], path: Path) -> None:
+    """One picture: calibration (of classes, the last one's), the figures beside the baseline's, and
+    AUC by slice.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a class or a slice may have a dollar
     import matplotlib.pyplot as plt
 
     names = list(outcome["metrics"])
@@ -350,7 +353,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     ends = [end for p in points for end in (p["prediction"], p["label"])]
     low, top = min(0, *ends), 1.1 * max(ends)
     left.set(
-        title="Calibration on the test rows",
+        title="Calibration on the test rows" + "".join(f": {name}" for name in classes[-1:]),
         xlabel="predicted",
         ylabel="observed",
         xlim=(low, top),

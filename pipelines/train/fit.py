@@ -50,8 +50,14 @@ def run(params: Params) -> None:
     features = params.dataset.features
     models.check(params.fit.model)
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    ranks = params.fit.trainer.devices * params.fit.trainer.nodes
     if params.fit.trainer.nodes > 1 and not torchrun:
         raise UserError("fit.trainer.nodes: several are started by torchrun, one on each node")
+    if torchrun and (started := int(os.environ["WORLD_SIZE"])) != ranks:
+        raise UserError(
+            f"torchrun started {started} processes; expected {ranks}, as fit.trainer has devices "
+            "and nodes"
+        )
     if stage.RANK:
         starter = os.getppid() if torchrun else int(os.environ[FIRST])
         threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
@@ -135,6 +141,11 @@ def train_model(
     repeatable(fit)
     model = models.build(Inputs.of(encoding, train), fit) if begin is None else begin
     objective = objectives.of(encoding.target, train.arrays[2])
+    if absent := objectives.absent(objective, val.labels):
+        raise UserError(
+            f"{data.FEATURES}: none of the {len(val):,} validation rows has the label "
+            f"{min(absent)}; expected each class, so that its probability can be calibrated"
+        )
     task = metrics.TASKS[encoding.target.task]
     network, trees = models.parts(model)
     grown = None if stage.RANK else trees
@@ -145,7 +156,7 @@ def train_model(
         loss = best["val_loss"]
         stage.say("fit", f"kept epoch {best['epoch']:.0f}, validation loss {loss:.4f}")
     if grown is not None and not len(grown):
-        stage.say("fit", f"boosting on {len(train):,} rows")
+        stage.say("fit", f"growing trees on {len(train):,} rows")
         grown.grow(train, val, objective, fit)
     mean = fitted.said(model, objective, val)
     if grown is not None:
@@ -197,6 +208,8 @@ def _descend(
 
 def _trainer(fit: Fit, callbacks: list[pl.Callback], logger: Any) -> pl.Trainer:
     """Raises UserError where the hardware is not there."""
+    if fit.trainer.precision == "16-mixed" and not torch.accelerator.is_available():
+        raise UserError("fit.trainer.precision: 16-mixed needs a GPU, and there is none")
     try:
         return pl.Trainer(
             accelerator=fit.trainer.accelerator,

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as parsed
+from safetensors.torch import save as serialised
 from torch import nn
 
 from pipelines import metrics, stage
+from pipelines.errors import intact
 from pipelines.params import Fit, Target
 from pipelines.train import models, objectives
 from pipelines.train.data import Encoding, Rows
@@ -82,15 +85,21 @@ def judged(
 def calibrate(model: Model, objective: Objective, mean: torch.Tensor, labels: Floats) -> Calibrated:
     """Fit scale and shift of the score to the labels of rows of which the model said `mean`."""
     calibrated = Calibrated(model.eval(), objective)
-    scale, shift = objective.calibrate(objective.score(mean).double().numpy(), labels)
+    score = objective.score(mean).double().numpy()
+    # As standard scores, which are as easy to fit however near to each other they lie. What
+    # differs by less than a float32 can say is one score.
+    centre = score.mean(axis=0)
+    spread = max(float((score - centre).std()), 1e-6)
+    scale, shift = objective.calibrate((score - centre) / spread, labels)
+    scale = scale / spread
     calibrated.scale.fill_(scale)
-    calibrated.shift.copy_(torch.as_tensor(shift))
+    calibrated.shift.copy_(torch.as_tensor(shift - scale * centre))
     return calibrated
 
 
 def save(fitted: Fitted, fit: Fit, folder: Path) -> None:
     """Write weights without pickle, and what rebuilds the network around them."""
-    save_file(fitted.network.state_dict(), folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(serialised(fitted.network.state_dict()))
     description = {
         "fit": fit.model_dump(),
         "vocabulary": fitted.encoding.vocabulary,
@@ -102,7 +111,7 @@ def save(fitted: Fitted, fit: Fit, folder: Path) -> None:
 
 
 def load(folder: Path = FOLDER) -> Fitted:
-    """Read what `save` wrote."""
+    """Read what `save` wrote. Raises UserError where a file is missing or damaged."""
     description: dict[str, Any] = stage.read_json(folder / DESCRIPTION)
     vocabulary, numbers = description["vocabulary"], description["numbers"]
     encoding = Encoding(
@@ -111,7 +120,8 @@ def load(folder: Path = FOLDER) -> Fitted:
         Target.model_validate(description["target"]),
     )
     fit = Fit.model_validate(description["fit"])
-    weights = load_file(folder / WEIGHTS)
     network = Calibrated(models.build(Inputs.blank(encoding), fit), objectives.of(encoding.target))
-    network.load_state_dict(weights)
+    # torch tells of another network's weights by a RuntimeError.
+    with intact(folder / WEIGHTS, "safetensors file", SafetensorError, RuntimeError):
+        network.load_state_dict(parsed((folder / WEIGHTS).read_bytes()))
     return Fitted(network.eval(), encoding)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pyarrow as pa
 
-from pipelines import bundle, metrics, quantize
+from pipelines import bundle, metrics, quantize, stage
 from pipelines.params import Params
 from pipelines.train import data
 from pipelines.train.data import Rows
@@ -110,6 +110,7 @@ def _trained(
     else:
         train = distillation.taught(model, train, scratch / "taught")
         fit = distillation.student(fit, params.package.distilled)
+    stage.say("package", f"the {name} network learns")
     trained = train_model(model.encoding, train, val, fit, scratch, begin=begin).model
     trained.network.eval()
     return trained
@@ -120,7 +121,9 @@ def choose(
 ) -> Choice:
     """Measure every form on the validation rows, and choose."""
     figures = {name: measured(form, contract, val) for name, form in forms.items()}
-    name = smallest(figures, metrics.TASKS[bundle.task(contract)].loss, max_loss_rise)
+    task = bundle.task(contract)
+    allowed = max_loss_rise * metrics.unit(val[contract["label"]].to_numpy(), task)
+    name = smallest(figures, metrics.TASKS[task].loss, allowed)
     return Choice(name, forms, figures, milliseconds(forms, contract, val))
 
 
@@ -132,14 +135,14 @@ def measured(form: Form, contract: Contract, val: pa.Table) -> Figures:
     return {"bytes": size} | metrics.point(label, answers, bundle.task(contract))
 
 
-def smallest(figures: dict[str, Figures], loss: str, max_loss_rise: float) -> str:
-    """The form of the fewest bytes among those whose `loss` rises no more than is allowed; of
+def smallest(figures: dict[str, Figures], loss: str, allowed: float) -> str:
+    """The form of the fewest bytes among those whose `loss` rises no more than `allowed`; of
     equals the first. Notes beside the figures of each whether it is `within`.
     """
     least = figures[PLAIN][loss]
     for one in figures.values():
         # Of rounded figures the difference is not round.
-        one["within"] = round(one[loss] - least, metrics.DIGITS) <= max_loss_rise
+        one["within"] = round(one[loss] - least, metrics.DIGITS) <= allowed
     within = [name for name, one in figures.items() if one["within"]]
     return min(within, key=lambda name: figures[name]["bytes"])
 
@@ -150,7 +153,7 @@ def milliseconds(
     """The median time of an answer of each form for each number of ASKED rows, on one thread. They
     are asked in turn, so that a busy moment of the machine is no form's own.
     """
-    scorers = [scorer(form.packaged, contract, threads=1) for form in forms.values()]
+    scorers = [scorer(form.packaged, contract) for form in forms.values()]
     asked = [val.take(pa.array(np.arange(count) % val.num_rows)) for count in ASKED]
     # Shape (repeats, forms, numbers of rows).
     spent = [[[_spent(one, rows) for rows in asked] for one in scorers] for _ in range(REPEATS)]
@@ -164,9 +167,9 @@ def _spent(one: bundle.Scorer, rows: pa.Table) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-def scorer(model: onnx.ModelProto, contract: Contract, threads: int = 0) -> bundle.Scorer:
+def scorer(model: onnx.ModelProto, contract: Contract) -> bundle.Scorer:
     """What answers as a bundle of this network will."""
-    return bundle.Scorer(contract, bundle.open_session(model.SerializeToString(), threads))
+    return bundle.Scorer(contract, bundle.open_session(model.SerializeToString()))
 
 
 def page(choice: Choice) -> str:

@@ -120,7 +120,8 @@ class TaskModule(pl.LightningModule):
             optimizer,
             self.options.learning_rate,
             total_steps=self.steps,
-            pct_start=0.2,
+            # A rise of one step ends where it begins, and its length of none would divide.
+            pct_start=0.2 if self.steps > 5 else 0.0,
             cycle_momentum=False,
             final_div_factor=100,
         )

@@ -5,6 +5,7 @@ Shapes: logits (rows, members, width); a score, on which calibration works, (row
 (rows, width); a prediction as in pipelines/metrics.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,10 @@ from torch.nn import functional as F
 
 from pipelines.params import Target
 
+STEPS = 100  # of Newton's method at most: a dozen are enough, but where scores part the classes
+ENOUGH = 1e-12  # twice what the next step would take off the loss, which is a sum over rows
 Floats = npt.NDArray[np.float64]
+Loss = Callable[[Floats], tuple[float, Floats, Floats]]  # of weights: value, gradient, curvature
 
 
 class Objective(Protocol):
@@ -77,13 +81,15 @@ class Binary(_Plain):
         return torch.sigmoid(score)
 
     def calibrate(self, score: Floats, label: Floats) -> tuple[float, Floats]:
-        """By Newton's method on the log loss."""
         x = np.stack([score, np.ones(len(score))], axis=1)
-        weights = np.array([1.0, 0.0])
-        for _ in range(20):
-            p = 1 / (1 + np.exp(-x @ weights))
+
+        def log_loss(weights: Floats) -> tuple[float, Floats, Floats]:
+            odds = x @ weights
+            p = np.exp(-np.logaddexp(0, -odds))
             hessian = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
-            weights = weights - np.linalg.solve(hessian, x.T @ (p - label))
+            return float((np.logaddexp(0, odds) - label * odds).sum()), x.T @ (p - label), hessian
+
+        weights = _least(log_loss, np.zeros(2))
         return float(weights[0]), weights[1]
 
 
@@ -142,22 +148,47 @@ class Multiclass(_Plain):
         return torch.softmax(score, dim=1)
 
     def calibrate(self, score: Floats, label: Floats) -> tuple[float, Floats]:
-        """By Newton's method on the log loss. Only the differences of the shifts count, so a little
-        is added to the curvature.
-        """
+        """Only the differences of the shifts count, so a little is added to the curvature."""
         rows, width = score.shape
         wanted = (label[:, None] == np.arange(width)).astype(np.float64)
         shifts = np.broadcast_to(np.eye(width), (rows, width, width))
         x = np.concatenate([score[:, :, None], shifts], axis=2)
-        weights = np.append(1.0, np.zeros(width))
-        for _ in range(20):
-            p = np.exp(x @ weights - (x @ weights).max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
+
+        def log_loss(weights: Floats) -> tuple[float, Floats, Floats]:
+            logits = x @ weights
+            log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            p = np.exp(log_p)
             mean = np.einsum("rc,rcw->rw", p, x)
             hessian = np.einsum("rc,rcv,rcw->vw", p, x, x, optimize=True) - mean.T @ mean
             gradient = np.einsum("rc,rcw->w", p - wanted, x)
-            weights = weights - np.linalg.solve(hessian + 1e-3 * np.eye(width + 1), gradient)
+            return -float((wanted * log_p).sum()), gradient, hessian + 1e-3 * np.eye(width + 1)
+
+        weights = _least(log_loss, np.zeros(width + 1))
         return float(weights[0]), weights[1:]
+
+
+def _least(loss: Loss, weights: Floats) -> Floats:
+    """Where a convex loss, told with its gradient and its curvature, is least: Newton's method from
+    `weights`, a step halved while it would raise the loss, as one far from the minimum can (Boyd
+    and Vandenberghe, "Convex Optimization", 2004, section 9.5).
+    """
+    value, gradient, hessian = loss(weights)
+    for _ in range(STEPS):
+        step = np.linalg.solve(hessian, gradient)
+        if gradient @ step < ENOUGH:
+            break
+        while (found := loss(weights - step))[0] > value:
+            step = step / 2
+        weights = weights - step
+        value, gradient, hessian = found
+    return weights
+
+
+def absent(objective: Objective, labels: Floats) -> set[int]:
+    """The classes that none of the labels is; of numbers, none."""
+    if isinstance(objective, Regression):
+        return set()
+    return set(range(max(2, objective.width))) - set(labels.astype(int).tolist())
 
 
 def of(target: Target, train: npt.ArrayLike = ()) -> Objective:

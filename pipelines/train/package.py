@@ -62,6 +62,7 @@ def run(params: Params) -> None:
     size = (bundle.FOLDER / bundle.MODEL).stat().st_size
     verdict = {"parity": float(f"{gap:.0e}"), "rows": test.num_rows, "model_bytes": size}
     stage.write_json(VERDICT, verdict | choice.verdict)
+    PAGE.unlink(missing_ok=True)  # it may be of another choice
     if choice.figures:
         with stage.page(PAGE, VERDICT), stage.whole(PAGE) as partial:
             partial.write_text(forms.page(choice), encoding="utf-8")
@@ -107,9 +108,12 @@ def split(encoding: Encoding, name: str) -> pa.Table:
 
 
 def largest_gap(scorer: bundle.Scorer, model: Fitted, test: pa.Table, scratch: Path) -> float:
-    """The largest absolute difference of ONNX Runtime and torch over the test rows."""
+    """The largest absolute difference of ONNX Runtime and torch over the test rows, in
+    metrics.unit.
+    """
     rows = data.materialise(model.encoding, "test", scratch)
-    return float(np.abs(scorer.predict(test) - model.predict(rows)).max())
+    unit = metrics.unit(rows.labels, model.encoding.target.task)
+    return float(np.abs(scorer.predict(test) - model.predict(rows)).max()) / unit
 
 
 def reference(scorer: bundle.Scorer, encoding: Encoding, rows: int) -> pa.Table:

@@ -174,7 +174,12 @@ def _earlier(held: "Study", params: Params) -> list[dict[str, Any]]:
 def best(held: "Study") -> "FrozenTrial | None":
     """The trial with the lowest value, the first of equal ones; None before one is complete."""
     complete = trials(held, {"COMPLETE"})
-    return min(complete, key=lambda one: one.value or math.inf) if complete else None
+    return min(complete, key=loss) if complete else None
+
+
+def loss(trial: "FrozenTrial") -> float:
+    """Of the trial; infinite where it has none."""
+    return math.inf if trial.value is None else trial.value
 
 
 def suggested(trial: "Trial", params: Params) -> dict[str, Any]:

@@ -123,13 +123,13 @@ def _objective(job: Job, trial: "Trial") -> float:
     fit = job.params.fit.changed(values)
     pruned: TrialPruned | None = None
     try:
-        loss = fitted_loss(job, fit, f"trial {trial.number}", [Watch(trial)])
+        loss = fitted_loss(job, fit, f"trial {rank + 1}", [Watch(trial)])
     except TrialPruned as error:
         pruned = error
     except TransientError:
         os._exit(1)  # told to end: as if killed, so that these values are tried again
     best = study.best(trial.study)
-    lowest = min(math.inf if pruned else loss, math.inf if best is None else best.value or 0.0)
+    lowest = min(math.inf if pruned else loss, math.inf if best is None else study.loss(best))
     said = f"pruned: {pruned}" if pruned else f"{loss:.4f}"
     stage.say("tune", f"trial {rank + 1} of {job.params.tune.trials}: {said}; best {lowest:.4f}")
     if pruned:
@@ -144,7 +144,7 @@ def fitted_loss(job: Job, fit: Fit, name: str, watching: Sequence[pl.Callback] =
     params = job.params.model_copy(update={"fit": fit})
     # Of its own: several processes that write beside the same arrays would tear them.
     folder = job.rows / f"{os.getpid()}"
-    tags = {"mlflow.parentRunId": job.run, "state": "complete"}
+    tags = {"mlflow.parentRunId": job.run}
     pruned: TrialPruned | None = None
     try:
         with tracking.run(params, "fit", name, tags) as logger:
@@ -156,8 +156,8 @@ def fitted_loss(job: Job, fit: Fit, name: str, watching: Sequence[pl.Callback] =
                         job.encoding, train, val, fit, folder / "saved", logger, watching
                     )
             except TrialPruned as error:
-                tracking.tag(logger, {"state": "pruned"})
                 pruned = error
+            tracking.tag(logger, {"state": "pruned" if pruned else "complete"})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if pruned:
@@ -188,6 +188,8 @@ class Watch(pl.Callback):
         from optuna import TrialPruned
 
         epoch, loss = trainer.current_epoch + 1, float(trainer.callback_metrics["val_loss"])
+        if not math.isfinite(loss):
+            raise TrialPruned("it diverged")
         self.trial.report(loss, epoch)
         # The last epoch costs no more, and its value is the trial's.
         if epoch < (trainer.max_epochs or 0) and self.trial.should_prune():

@@ -73,7 +73,7 @@ def judged(job: Job, held: "Study", present: dict[str, Any]) -> dict[str, Any]:
         "study": job.study,
         "trials": [
             {
-                "number": one.number,
+                "number": study.rank(held, one.number) + 1,
                 "state": one.state.name.lower(),
                 "value": one.value if one.state.name == "COMPLETE" else None,
                 "values": one.user_attrs["values"],
@@ -95,7 +95,8 @@ def judged(job: Job, held: "Study", present: dict[str, Any]) -> dict[str, Any]:
         who: [_refitted(job, held, fit.changed(some), who, seed) for seed in seeds]
         for who, some in (("present", present), ("best", values))
     }
-    return verdict | compared(losses, seeds) | {"best": best and best.number, "changes": changes}
+    number = None if best is None else study.rank(held, best.number) + 1
+    return verdict | compared(losses, seeds) | {"best": number, "changes": changes}
 
 
 def _refitted(job: Job, held: "Study", fit: Fit, who: str, seed: int) -> float:
@@ -119,8 +120,8 @@ def compared(losses: dict[str, list[float]], seeds: list[int]) -> dict[str, Any]
     means = {who: round(statistics.fmean(some), DIGITS) for who, some in losses.items()}
     figures = (
         f"validation loss {means['best']:.4f}, with the present values {means['present']:.4f} "
-        f"(means of seeds {', '.join(map(str, seeds))}; lower by {gain:.4f}, with 95 % confidence "
-        f"by {surely:.4f})"
+        f"(means of seeds {', '.join(map(str, seeds))}; best less present {-gain:+.4f}, with 95 % "
+        f"confidence at most {-surely:+.4f})"
     )
     reason = (
         f"better: {figures}" if surely > 0 else f"not surely better, nothing changes: {figures}"
@@ -155,7 +156,7 @@ def message(verdict: dict[str, Any]) -> str:
         "",
         f"Lower by {verdict['gain']}, with 95 % confidence by {verdict['surely']}.",
         f"Study {verdict['study']}: {len(verdict['trials'])} trials, {pruned} pruned; the best is "
-        f"number {verdict['best']}, counted from 0.",
+        f"number {verdict['best']}.",
     ]
     return "\n".join(lines)
 
@@ -166,6 +167,7 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     keys = list(verdict["present"])
     columns = min(4, len(keys) + 1)
@@ -183,6 +185,7 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
         if one["state"] == "pruned":
             first.axvline(one["number"], color="0.9", zorder=0)
     first.set(title="Trials (grey: pruned)", xlabel="trial", ylabel="validation loss")
+    first.xaxis.set_major_locator(MaxNLocator(integer=True))
     first.legend()
     ranges, choices = verdict["space"]["ranges"], verdict["space"]["choices"]
     for key, axes in zip(keys, others, strict=False):
@@ -193,6 +196,8 @@ def draw(verdict: dict[str, Any], path: Path) -> None:
             axes.set_xticks(range(len(choices[key])), [str(one) for one in choices[key]])
         elif ranges[key]["log"]:
             axes.set_xscale("log")
+        elif isinstance(verdict["present"][key], int):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.plot(values, losses, "o", color="tab:blue")
     for axes in others[len(keys) :]:
         axes.set_axis_off()

@@ -67,7 +67,10 @@ def test_a_feature_that_is_empty_in_one_table_is_named(checkout: Checkout) -> No
     tables.write(window, drift.PREDICTIONS / "2013-05.parquet")
     kinds = {"temp": "float32", "humid": "float32", "precip": "float32", "carrier": "string",
              "plane": "string"}  # fmt: skip
-    contract = {"columns": [{"name": name, "type": kind} for name, kind in kinds.items()]}
+    contract = {
+        "columns": [{"name": name, "type": kind} for name, kind in kinds.items()],
+        "dataset": "flights", "label": "label", "threshold": 0.5,
+    }  # fmt: skip
     stage.write_json(bundle.FOLDER / bundle.CONTRACT, contract)
     drift.run(checkout.params())
     verdict = stage.read_json(drift.VERDICT)

@@ -117,6 +117,15 @@ def test_a_champion_of_features_that_are_gone_is_no_rival(judged: Checkout) -> N
     assert "the champion wants x, a feature no more" in _tags(judged, 2)["gate_reason"]
 
 
+def test_a_damaged_month_of_features_is_one_line(judged: Checkout) -> None:
+    make_bundle(shift=0.01)
+    register.run(judged.params())
+    file = gate.FEATURES / "2013-05.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"2013-05\.parquet is no whole Parquet file"):
+        gate.run(judged.params())
+
+
 def test_without_a_bundle_it_is_one_line(judged: Checkout) -> None:
     shutil.rmtree(bundle.FOLDER)
     with pytest.raises(UserError, match="models/bundle is missing; make it: make run"):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,16 +206,14 @@ def test_twenty_at_once_killed_anywhere_leave_one_champion(
     checkout: Checkout, place: str, request: pytest.FixtureRequest
 ) -> None:
     if place == "bucket":
-        endpoint = request.getfixturevalue("s3")
-        boto3.client("s3").create_bucket(Bucket="log")
-        url: tuple[str, ...] = ("s3://log/here", endpoint)
+        url = str(request.getfixturevalue("race_url"))
     else:
-        url = (str(checkout.folder / "store"),)
+        url = str(checkout.folder / "store")
     params = checkout.params()
 
     def opened() -> Registry:
         store, _ = tracking.client(params)
-        return Registry(store, "flights", exchange.at(*url))
+        return Registry(store, "flights", exchange.at(url))
 
     # This process keeps no connection that a fork would share.
     FORKED.Process(target=lambda: _versions(opened(), PROMOTERS)).start()

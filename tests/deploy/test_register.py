@@ -9,8 +9,9 @@ import pytest
 from deploy.tiny import make_bundle
 from world import Checkout
 
-from pipelines import stage, tracking
+from pipelines import bundle, stage, tracking
 from pipelines.deploy import register
+from pipelines.errors import UserError
 
 REGISTER = "pipelines.deploy.register"
 
@@ -54,6 +55,20 @@ def test_a_bundle_that_did_not_pass_is_neither_champion_nor_challenger(checkout:
     register.run(checkout.params())
     assert _aliases(checkout) == {}
     assert json.loads(register.RECORD.read_text())["aliases"] == []
+
+
+def test_a_bundle_that_nobody_could_open_is_no_version(checkout: Checkout) -> None:
+    make_bundle()
+    for file in (bundle.FOLDER / bundle.MODEL, bundle.FOLDER / bundle.REFERENCE):
+        content = file.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], b"\xff" * 1000):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"^{file}: "):
+                register.run(checkout.params())
+        file.write_bytes(content)
+    assert not register.RECORD.exists()
+    register.run(checkout.params())
+    assert list(_versions(checkout)) == ["1"]
 
 
 def test_an_older_bundle_registered_again_takes_no_alias(checkout: Checkout) -> None:

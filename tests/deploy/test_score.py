@@ -126,6 +126,14 @@ def test_a_month_that_lacks_a_column_is_named(ready: Checkout) -> None:
         score.run(ready.params())
 
 
+def test_a_damaged_month_is_named(ready: Checkout) -> None:
+    (file,) = tables.months(score.FEATURES)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"2013\.parquet is no whole Parquet file"):
+        score.run(ready.params())
+    assert not score.PREDICTIONS.exists()
+
+
 def test_answers_that_break_the_contract_are_not_written(ready: Checkout) -> None:
     text = PLACE.read_text().replace('"max_value": 0.9', '"max_value": 0.011')
     PLACE.write_text(text)

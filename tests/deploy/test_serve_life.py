@@ -118,6 +118,7 @@ def test_what_is_refused_changes_nothing_and_is_counted(tmp_path: Path) -> None:
             replica.signal(signal.SIGHUP)
             until(lambda: replica.metric("headrace_reloads_total", result="refused") == number)  # noqa: B023
             assert replica.post("/predict", ROW).json["bundle"] == two
+        until(lambda: len(replica.logs("bundle refused")) >= len(refused))
         assert len(replica.logs("bundle refused")) == len(refused)
 
 
@@ -184,6 +185,7 @@ def test_without_another_bundle_the_base_rate_answers(tmp_path: Path) -> None:
     spare = ("--fallback", tmp_path / "nowhere", "--fallback-digest", digest)
     arguments = ("--bundle", tmp_path / "bundle", "--digest", digest, *spare)
     with serving(tmp_path / "home", *arguments, capture=capture) as replica:
+        until(lambda: replica.logs("fallback refused"))
         assert len(replica.logs("fallback refused")) == 1
         answer = replica.post("/predict", {"records": [ROW, ROW | {"x": -5000}]})
         assert answer.status == 200

@@ -10,7 +10,7 @@ import boto3
 import proxy
 import pytest
 from proxy import Proxy, Request
-from seaweed import Seaweed, running
+from seaweed import Seaweed
 from world import Checkout
 
 
@@ -68,13 +68,6 @@ class Lake:
         for name in self.files():
             self.client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")
         self.client.delete_bucket(Bucket=self.bucket)
-
-
-@pytest.fixture(scope="session")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    with running(tmp_path_factory.mktemp("weed")) as server:
-        server.bucket("lake")
-        yield server
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import kubernetes_validate
 import pytest
 from kubernetes.utils import parse_quantity
 from orchestrate.place import commit, git, repository
-from seaweed import Seaweed, running
+from seaweed import Seaweed
 from world import ROOT
 
 from pipelines import params as parameters
@@ -34,12 +34,6 @@ RUN = "retrain-manual__1"
 RESULT = "/airflow/xcom/return.json"  # where Airflow's sidecar reads what a pod leaves
 # The oldest that Airflow's chart installs on, the newest that is described, and one between.
 KUBERNETES = ("1.30", "1.34", "1.37")
-
-
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    with running(tmp_path_factory.mktemp("weed")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,19 @@ from pathlib import Path
 
 from world import Checkout
 
-from pipelines.train import checkpoints
+from pipelines.params import Params
+from pipelines.train import checkpoints, data
+from pipelines.train.data import Encoding, Rows
 
 FIT = "pipelines.train.fit"
+
+
+def arrays(params: Params) -> tuple[Encoding, Rows, Rows]:
+    """The train and validation rows of the features, as the encoding of them has them."""
+    names = params.dataset.features
+    encoding = data.learn(names.categories, names.numbers, params.dataset.target)
+    train, val = (data.materialise(encoding, one, Path("rows")) for one in ("train", "val"))
+    return encoding, train, val
 
 
 def saved() -> list[Path]:

@@ -6,10 +6,13 @@ import re
 import numpy as np
 import pytest
 from deploy import bundles
+from hypothesis import given
+from hypothesis import strategies as st
 from world import Checkout
 
 from pipelines import bundle, metrics, stage
 from pipelines.errors import UserError
+from pipelines.explain import Explained
 from pipelines.train import card, evaluate
 
 
@@ -95,10 +98,27 @@ def test_the_page_shows_tables_and_takes_nothing_for_html() -> None:
 def test_what_moves_it_most_stands_first(judged: Checkout) -> None:
     card.run(judged.params())
     text = card.CARD.read_text().partition("## What moves it most")[2].partition("##")[0]
-    sizes = [float(size) for size in re.findall(r"^\| (?:origin|x|y) \| ([\d.]+) \|$", text, re.M)]
+    line = re.compile(r"^\| (?:origin|x|y) \| ([\d.]+) ± [\d.]+ \|$", re.M)
+    sizes = [float(size) for size in line.findall(text)]
     assert len(sizes) == 3
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 0
+
+
+@given(st.integers(0, 10_000))
+def test_the_size_of_what_a_column_adds_is_told_without_the_noise_of_its_estimate(
+    seed: int,
+) -> None:
+    random = np.random.default_rng(seed)
+    sizes, noise = np.array([0.0, 0.01, 0.03, 0.1]), 0.03
+    true = random.normal(size=(400, 4)) * sizes
+    found = [Explained(0.0, row + random.normal(size=4) * noise, np.full(4, noise)) for row in true]
+    told, errors = card.size(found)
+    # Of squares of normal numbers: near zero the root's own error is no normal number's.
+    spread = (sizes**2 + noise**2) * np.sqrt(2 / len(found))
+    assert np.all(np.abs(told**2 - sizes**2) <= 5 * spread)
+    assert spread[-1] / 4 < told[-1] * errors[-1] < spread[-1]
+    assert np.all(errors < 0.02)
 
 
 def test_a_model_that_did_not_pass_says_why(judged: Checkout) -> None:

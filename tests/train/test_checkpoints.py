@@ -16,12 +16,12 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from train.fits import FIT, past_an_epoch, saved, somewhere
+from train.fits import FIT, arrays, past_an_epoch, saved, somewhere
 from world import Checkout
 
 from pipelines import stage
 from pipelines.errors import TransientError
-from pipelines.train import checkpoints, data, fit, fitted
+from pipelines.train import checkpoints, fit, fitted
 from pipelines.train.data import Rows
 from pipelines.train.module import Batches
 
@@ -151,7 +151,7 @@ def test_told_to_end_it_saves_and_may_be_tried_again(long: Checkout) -> None:
     assert _fitted(long) == expected
 
 
-@pytest.mark.parametrize("line", ["validation rows", "boosting on"])
+@pytest.mark.parametrize("line", ["validation rows", "growing trees"])
 def test_told_to_end_before_and_after_the_network_it_is_a_fault(long: Checkout, line: str) -> None:
     process = long.start(FIT)
     assert process.stdout is not None
@@ -184,9 +184,7 @@ def test_told_to_end_in_the_last_moment_it_does_not_end_as_if_it_were_done(
 
     features.set(fit={"model": "logistic", "max_epochs": epochs, "batch_size": batch})
     params = features.params()
-    names = params.dataset.features
-    encoding = data.learn(names.categories, names.numbers, params.dataset.target)
-    train, val = (data.materialise(encoding, one, Path("rows")) for one in ("train", "val"))
+    encoding, train, val = arrays(params)
     with pytest.raises(TransientError, match="told to end after the last step; run again"):
         fit.train_model(encoding, train, val, params.fit, Path("saved"), watching=[Told()])
 

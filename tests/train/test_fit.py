@@ -68,6 +68,15 @@ def test_a_split_without_rows_is_one_line(features: Checkout) -> None:
     assert not fitted.FOLDER.exists()
 
 
+def test_a_class_without_a_validation_row_is_one_line(features: Checkout) -> None:
+    table = pq.read_table("data/features/2013.parquet")
+    split, label = (np.array(table[name].to_pylist()) for name in ("split", "label"))
+    pq.write_table(table.filter((split != "val") | (label == 0)), "data/features/2013.parquet")
+    with pytest.raises(UserError, match=r"none of the \d+ validation rows has the label 1"):
+        fit.run(features.params())
+    assert not fitted.FOLDER.exists()
+
+
 def test_a_batch_is_taken_at_once_from_mapped_memory(features: Checkout) -> None:
     dataset = features.params().dataset
     names = dataset.features
@@ -140,6 +149,13 @@ def test_a_gpu_that_is_not_there_is_one_line(features: Checkout) -> None:
     with pytest.raises(UserError, match=r"^fit\.trainer asks for 1 gpu: No supported gpu"):
         fit.run(features.params())
     assert not fitted.FOLDER.exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_half_floats_where_no_gpu_is_found_are_the_users_mistake(features: Checkout) -> None:
+    features.set(fit={"trainer": {"precision": "16-mixed", "accelerator": "auto"}})
+    with pytest.raises(UserError, match="16-mixed needs a GPU, and there is none"):
+        fit.run(features.params())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

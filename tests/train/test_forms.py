@@ -97,7 +97,9 @@ def test_a_model_without_units_is_refused_in_one_line(evaluated: Checkout) -> No
 
 
 def test_where_all_lose_too_much_the_bundle_is_that_of_no_form(evaluated: Checkout) -> None:
+    _packaged(evaluated, ["int8"])
     none = _packaged(evaluated, [])
+    assert not package.PAGE.exists()
     assert set(none) == {"parity", "rows", "model_bytes"}
     assert "form" not in _contract()
     found = stage.digest(bundle.FOLDER)

@@ -1,16 +1,20 @@
 """Every model of the table learns, and gives the same kind of bundle."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
+from train.fits import arrays
 from world import Checkout
 
-from pipelines import bundle
+from pipelines import bundle, stage
 from pipelines.params import Fit, Target
 from pipelines.train import data, evaluate, fit, fitted, models, package
 from pipelines.train.data import Encoding
@@ -33,6 +37,52 @@ def test_it_learns_and_its_bundle_answers_as_it_does(features: Checkout, model: 
     np.testing.assert_allclose(found, expected, atol=1e-5)
     parts = [scorer.predict(rows.slice(at, 37)) for at in range(0, rows.num_rows, 37)]
     np.testing.assert_array_equal(np.concatenate(parts), found)  # whatever rows are beside
+
+
+# Another value of every key of fit that a table of models may name. patience shows only where the
+# loss rises.
+OTHER: dict[str, Any] = {
+    "batch_size": 1024,
+    "max_epochs": 2,
+    "learning_rate": 0.02,
+    "weight_decay": 0.1,
+    "dropout": 0.5,
+    "hidden": [16],
+    "members": 3,
+    "boosting.rounds": 3,
+    "boosting.learning_rate": 0.3,
+    "boosting.leaves": 4,
+    "boosting.leaf_rows": 300,
+    "boosting.l2": 50,
+    "boosting.features": 0.9,
+    "boosting.rows": 1000,
+}
+
+
+@pytest.mark.parametrize("model", sorted(models.MODELS))
+def test_it_depends_on_the_keys_that_the_table_names_and_on_no_other(
+    features: Checkout, model: str
+) -> None:
+    small = {"batch_size": 2048, "max_epochs": 1, "hidden": [8], "boosting": {"rounds": 2}}
+    features.set(fit=small | {"model": model})
+    params = features.params()
+    encoding, train, val = arrays(params)
+
+    def learned(**changes: Any) -> bytes:
+        options = params.fit.changed(changes)
+        trained = fit.train_model(encoding, train, val, options, Path("saved", str(changes)))
+        return save(trained.model.network.state_dict())
+
+    plain = learned()
+    depends = {key for key, value in OTHER.items() if learned(**{key: value}) != plain}
+    assert depends == {key for key in OTHER if models.uses(model, key)}
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_few_steps_are_learned_as_many_are(features: Checkout, steps: int) -> None:
+    features.set(fit={"model": "logistic", "max_epochs": steps, "batch_size": 100_000})
+    fit.run(features.params())
+    assert len(stage.read_json(fitted.FOLDER / fitted.CURVES)) == steps
 
 
 @pytest.fixture
@@ -87,5 +137,5 @@ def test_dropout_takes_whole_units_and_keeps_their_mean(
         5 * math.sqrt(gone.numel() / 4) + gone.numel() / 256
     )
     if not gone.all():
-        assert float(kept.max()) == pytest.approx(3 / (1 - share), rel=1 / 256 / (1 - share))
+        assert kept.max().item() == pytest.approx(3 / (1 - share), rel=1 / 256 / (1 - share))
     assert dropout.eval()(units) is units

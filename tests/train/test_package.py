@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from world import Checkout
 
-from pipelines import bundle, stage
+from pipelines import bundle, stage, tables
 from pipelines.errors import UserError
 from pipelines.train import evaluate, fit, fitted, package
 
@@ -87,6 +87,32 @@ def test_the_reference_holds_what_drift_needs(packaged: Checkout) -> None:
     np.testing.assert_allclose(
         scorer.predict(reference), reference["prediction"].to_numpy(), atol=1e-6
     )
+
+
+def test_a_missing_or_damaged_file_is_named(packaged: Checkout) -> None:
+    readers = {
+        bundle.FOLDER / bundle.CONTRACT: lambda _: bundle.load(bundle.FOLDER),
+        bundle.FOLDER / bundle.MODEL: lambda _: bundle.load(bundle.FOLDER),
+        bundle.FOLDER / bundle.REFERENCE: tables.read_file,
+        fitted.FOLDER / fitted.DESCRIPTION: lambda _: fitted.load(),
+        fitted.FOLDER / fitted.WEIGHTS: lambda _: fitted.load(),
+        package.EVALUATION: stage.read_json,
+    }
+    for file, read in readers.items():
+        content = file.read_bytes()
+        read(file)
+        for damaged in (content[: len(content) // 2], b"", b"\xff" * 1000):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"^{file}.* is no (whole|contract)"):
+                read(file)
+        file.unlink()
+        with pytest.raises(UserError, match=f"^{file} is missing; run the stage that writes it"):
+            read(file)
+        file.mkdir()
+        with pytest.raises(UserError, match=f"^{file} (cannot be read|is no whole)"):
+            read(file)
+        file.rmdir()
+        file.write_bytes(content)
 
 
 def test_a_gap_between_onnx_and_torch_fails_the_stage(

@@ -63,6 +63,17 @@ def test_nodes_without_torchrun_are_told_how(two: Checkout) -> None:
     assert "fit.trainer.nodes: several are started by torchrun" in ended.err
 
 
+@pytest.mark.parametrize(("started", "devices"), [(1, 2), (2, 1)])
+def test_torchrun_starts_as_many_as_the_params_say(
+    two: Checkout, started: int, devices: int
+) -> None:
+    """Or each would train as if it were alone."""
+    two.set(fit={"trainer": {"devices": devices}})
+    ended = two.run(f"torch.distributed.run --standalone --nproc-per-node {started} -m {FIT}")
+    assert ended.status == 1, ended  # torchrun's own
+    assert f"error: torchrun started {started} processes; expected {devices}" in ended.err
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_dies_ends_the_job(two: Checkout, which: int) -> None:
     two.set(fit={"max_epochs": 1000, "patience": 1000})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from world import Checkout
 
 from pipelines import bundle, explain, stage, tables
@@ -73,6 +74,7 @@ def test_the_whole_graph_foretells_another_column(accepted: Checkout, task: str)
         assert figures["auc"] > 0.6
         assert figures["log_loss"] < -(share * np.log(share)).sum()
     assert set(verdict["baseline"]) == set(figures)
+    evaluate.draw(verdict, ["cheap", "$_$"], Path("priced.png"))  # which is no formula
     assert set(stage.read_json(package.VERDICT)["forms"]) == {"plain", *forms}
     text = card.CARD.read_text()
     assert ("early, on time, late" in text) == (task == "multiclass")
@@ -154,3 +156,34 @@ def test_a_line_brings_numbers_back_to_their_unit() -> None:
     assert float(known.std()) == pytest.approx(1, abs=1e-2)
     scale, shift = objective.calibrate(known.numpy(), label)
     np.testing.assert_allclose(scale * known.numpy() + shift, label, atol=1e-9)
+
+
+@given(
+    classes=st.sampled_from([2, 3]),
+    seed=st.integers(0, 999),
+    spread=st.floats(0.001, 4),
+    off=st.floats(-8, 8),
+    worth=st.floats(-1, 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_calibration_is_the_best_however_far_off_the_scores_are(
+    classes: int, seed: int, spread: float, off: float, worth: float
+) -> None:
+    """Where the log loss is least, what predictions miss has no mean and says nothing of the
+    scores: its slopes are zero there, and nowhere else.
+    """
+    random = np.random.default_rng(seed)
+    truth = random.normal(size=(1000, classes)) * ([0, 1] if classes == 2 else 1)
+    logits = worth * truth + np.linspace(1, 0, classes)
+    label = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)
+    objective = objectives.Binary() if classes == 2 else objectives.Multiclass(classes)
+    said = torch.from_numpy(spread * truth + np.linspace(0, off, classes))
+    mean = torch.softmax(said, dim=1)[:, 1] if classes == 2 else torch.softmax(said, dim=1)
+
+    made = fitted.calibrate(nn.Identity(), objective, mean, label.astype(float))
+    score = objective.score(mean)
+    answer = objective.answer(made.scale * score + made.shift)
+    wanted = torch.from_numpy(np.eye(classes)[label])
+    missed = answer - (wanted[:, 1] if classes == 2 else wanted)
+    assert missed.mean(dim=0).abs().max() < 1e-3
+    assert abs(((score - score.mean(dim=0)) * missed).sum()) < 1e-3 * 1000 * score.std()

@@ -23,7 +23,7 @@ from pipelines import params as parameters
 from pipelines import tracking
 from pipelines.errors import UserError
 from pipelines.params import Params, Space
-from pipelines.train import models, study, tune, winner
+from pipelines.train import study, tune, winner
 
 TUNE = "pipelines.train.tune"
 DROPOUT = {"dropout": {"low": 0.0, "high": 0.5, "log": False}}
@@ -78,7 +78,7 @@ def past_a_trial(checkout: Checkout) -> tuple[subprocess.Popen[str], psutil.Proc
         if "trial 1 of" in line:
             break
     running, names = set[int](), set[str]()
-    while not (both := [one for one in running if f"trial {one}" in names]):
+    while not (both := [one for one in running if f"trial {one + 1}" in names]):
         assert process.poll() is None, process.stderr and process.stderr.read()
         # A trial is begun before its run in MLflow, and over soon.
         running = {one.number for one in study.trials(held(checkout.params()), {"RUNNING"})}
@@ -130,7 +130,7 @@ def test_a_worker_that_is_killed_loses_no_trial_and_counts_none_twice(
     assert sorted(states) == ["COMPLETE"] * 4 + ["FAIL"]
     store, experiment = tracking.client(tunable.params())
     killed = store.search_runs([experiment], "attributes.status = 'KILLED'")
-    assert [run.info.run_name for run in killed] == [f"trial {number}"]
+    assert [run.info.run_name for run in killed] == [f"trial {number + 1}"]
 
 
 def test_a_tune_that_is_killed_takes_its_workers_along(tunable: Checkout) -> None:
@@ -178,9 +178,9 @@ def test_two_workers_share_a_study_whose_runs_are_children_and_prune(tunable: Ch
     )
     assert {run.info.status for run in [above, *below]} == {"FINISHED"}
     runs = {run.info.run_name: run for run in below}
-    assert {f"trial {one.number}" for one in finished} <= set(runs)
+    assert {f"trial {one.number + 1}" for one in finished} <= set(runs)
     for one in finished:
-        run = runs[f"trial {one.number}"]
+        run = runs[f"trial {one.number + 1}"]
         tried = one.user_attrs["values"]["learning_rate"]
         assert float(run.data.params["fit.learning_rate"]) == tried
         assert run.data.tags["state"] == one.state.name.lower()
@@ -200,16 +200,15 @@ def test_a_study_may_lie_in_postgresql(tunable: Checkout) -> None:
 
 
 def test_what_a_model_does_not_depend_on_is_not_sought(params: Params) -> None:
-    every = params.tune.space.keys
-    for name, kind in models.MODELS.items():
-        fit = params.fit.model_copy(update={"model": name})
-        narrow = study.narrowed(params.model_copy(update={"fit": fit})).tune.space.keys
-        assert narrow == [key for key in every if key.partition(".")[0] in kind.keys]
+    logistic = params.model_copy(
+        update={"fit": params.fit.model_copy(update={"model": "logistic"})}
+    )
+    sought = study.narrowed(logistic).tune.space.keys
+    assert sought == ["learning_rate", "weight_decay", "batch_size"]
     trees = Space.model_validate(space(**{"boosting.l2": DROPOUT["dropout"]}))
-    logistic = params.fit.model_copy(update={"model": "logistic"})
     tune_ = params.tune.model_copy(update={"space": trees})
     with pytest.raises(UserError, match=r"tune\.space: logistic depends on none of its keys"):
-        study.narrowed(params.model_copy(update={"fit": logistic, "tune": tune_}))
+        study.narrowed(logistic.model_copy(update={"tune": tune_}))
 
 
 @pytest.mark.parametrize("place", ["/proc/nope/t.db", "/etc/hostname"])
@@ -229,6 +228,16 @@ def test_values_that_diverge_are_pruned_and_win_nothing(tunable: Checkout) -> No
     assert "trial 2 of 2: pruned: it diverged" in ended.out
     assert "no trial is better than the present values: nothing changes" in ended.out
     assert not verdict()["beats"]
+
+
+def test_a_loss_that_is_no_number_is_pruned_though_the_weights_are(tunable: Checkout) -> None:
+    one_step = {"model": "mlp", "max_epochs": 2, "batch_size": 100_000}
+    tunable.set(fit=one_step | {"learning_rate": 1e25}, tune={"trials": 2})
+    _set_space(tunable, space(learning_rate={"low": 1e24, "high": 1e26, "log": True}))
+    commit()
+    ended = tunable.run(TUNE)
+    assert ended.status == 0, ended
+    assert "trial 2 of 2: pruned: it diverged" in ended.out
 
 
 def test_a_winner_is_a_commit_of_its_values_alone(tunable: Checkout) -> None:
@@ -274,6 +283,7 @@ def test_only_a_gain_beyond_the_noise_of_seeds_wins(losses: list[float], beats: 
     found = tune.compared({"present": [0.50, 0.51, 0.52], "best": losses}, [8, 9, 10])
     assert found["beats"] is beats
     assert ("nothing changes" in found["reason"]) is not beats
+    assert f"at most {-found['surely']:+.4f})" in found["reason"]
 
 
 def test_a_new_study_begins_with_the_present_and_the_best_of_earlier_ones(

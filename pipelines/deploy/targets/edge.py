@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines import bundle, metrics, quantize, signing, stage
+from pipelines import bundle, metrics, quantize, signing, stage, tables
 from pipelines.deploy.targets import Observation, Release, Shadow, Slot, answered
 from pipelines.errors import UserError
 from pipelines.params import Params
@@ -200,10 +200,9 @@ def smaller(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
     Raises UserError where the bundle is missing.
     """
     import onnx
-    import pyarrow.parquet as pq
 
     scorer = bundle.load(folder)
-    reference = pq.read_table(folder / bundle.REFERENCE)
+    reference = tables.read_file(folder / bundle.REFERENCE)
     label = reference[scorer.contract["label"]].to_numpy()
     packaged = onnx.load(folder / bundle.MODEL)
     made = quantize.quantized(packaged, scorer.contract, reference)

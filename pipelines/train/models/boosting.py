@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.params import Fit
 from pipelines.train.data import BATCH, FEATURES, Rows
 from pipelines.train.models.inputs import Inputs
-from pipelines.train.objectives import Objective, Regression
+from pipelines.train.objectives import Objective, Regression, absent
 
 PRIOR = 100  # rows of the mean label that are added to those of a value
 Floats = npt.NDArray[np.float32]
@@ -100,11 +100,10 @@ class Trees(nn.Module):
             objective.known(torch.from_numpy(rows.arrays[2][some].astype(np.float64))).numpy()
             for rows, some in ((train, sample), (val, held_out))
         )
-        absent = set(range(max(2, objective.width))) - set(np.unique(known).tolist())
-        if absent and not numeric:
+        if lost := absent(objective, known):
             raise UserError(
                 f"{FEATURES}: none of the {len(sample):,} train rows that trees see (at most "
-                f"fit.boosting.rows) has the label {min(absent)}"
+                f"fit.boosting.rows) has the label {min(lost)}"
             )
         means = _means(train.arrays[0][sample], known, self.means.shape)
         seen, unseen = _matrix(train, sample, means), _matrix(val, held_out, means)
