@@ -1,10 +1,11 @@
 """training: rows a second of `fit` beside a bare loop over tensors in memory; in little memory.
 
-Needs data/features (make run). In one process, turn about every few steps, so that both have the
-same machine: the stage's own training (Lightning, arrays mapped from disk, figures of an epoch, a
-checkpoint where one is due) and the same network, loss, optimiser and schedule in twenty lines of
-PyTorch. Turns of the first epoch warm up and do not count. Then the rows of many years, with less
-memory for a process's own data than they take.
+Needs data/features (make run), and trains where fit.trainer says. In one process, turn about every
+few steps, so that both have the same machine: the stage's own training (Lightning, arrays mapped
+from disk or held by a GPU, figures of an epoch, a checkpoint where one is due) and the same
+network, loss, optimiser and schedule in twenty lines of PyTorch. Turns of the first epoch warm up
+and do not count. Then the rows of many years, with less memory for a process's own data than they
+take.
 Run: python benchmarks/training.py [MODEL …]
 """
 
@@ -72,21 +73,28 @@ def main() -> None:
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+def now() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Turns(pl.Callback):
     """Whenever the stage has taken STEPS steps, so many of the bare loop; the seconds of both."""
 
     def __init__(self, loop: Iterator[None]) -> None:
-        self.loop, self.begun, self.spent = loop, time.perf_counter(), list[tuple[float, float]]()
+        self.loop, self.begun, self.spent = loop, now(), list[tuple[float, float]]()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % STEPS:
             return
-        between = time.perf_counter()
+        between = now()
         for _ in range(STEPS):
             next(self.loop)
-        ended = time.perf_counter()
+        ended = now()
         self.spent.append((between - self.begun, ended - between))
-        self.begun = time.perf_counter()
+        self.begun = now()
 
 
 def turns(encoding: Encoding, train: Rows, val: Rows, options: Fit) -> Doubles:
@@ -113,17 +121,23 @@ def bare(encoding: Encoding, train: Rows, options: Fit) -> Iterator[None]:
     """Each step that is asked for."""
     network = models.build(Inputs.of(encoding, train), options)
     encoded = data.encode(network.encoder, train)
-    codes, numbers, labels = (torch.from_numpy(np.array(array)) for array in encoded.arrays)
+    device = "cuda" if options.trainer.accelerator == "gpu" else "cpu"
+    codes, numbers, labels = (torch.from_numpy(np.array(a)).to(device) for a in encoded.arrays)
+    network.head.to(device)
+    if options.trainer.compile:
+        network.head.compile(dynamic=True)
+    cast = torch.autocast(device, torch.bfloat16, options.trainer.precision == "bf16-mixed")
     steps = options.max_epochs * -(-len(train) // options.batch_size)
     objective = objectives.of(encoding.target)
     module = TaskModule(network.head, metrics.TASKS["binary"], objective, options, steps)
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
     while True:
-        for batch in torch.randperm(len(train)).split(options.batch_size):
-            logits = network.head(codes[batch], numbers[batch])
-            wanted = labels[batch][:, None, None].expand_as(logits)
-            loss = F.binary_cross_entropy_with_logits(logits, wanted)
+        for batch in torch.randperm(len(train), device=device).split(options.batch_size):
+            with cast:
+                logits = network.head(codes[batch], numbers[batch])
+                wanted = labels[batch][:, None, None].expand_as(logits)
+                loss = F.binary_cross_entropy_with_logits(logits, wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -15,23 +15,35 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from pipelines import params as parameters
 from pipelines.params import Params
 
+# What takes minutes to make is made once for the tests that share it, and two Airflows at once are
+# as many as a small machine bears.
+TOGETHER = (
+    ("tests/orchestrate/cluster/",),
+    (
+        "tests/orchestrate/test_local",
+        "tests/orchestrate/test_page",
+        "tests/orchestrate/test_retrain",
+    ),
+    ("tests/lineage/",),
+)
+SLOW = ("airflow", "pipeline", "jvm")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, which wait for other processes much of their time: so no process is left
-    alone with them at the end.
-    """
-    items.sort(key=lambda item: "airflow" not in item.keywords)
+    """The slowest first: so no process is left alone with them at the end."""
+    items.sort(key=lambda item: [mark not in item.keywords for mark in SLOW])
 
 
-class _ByFolder(LoadScopeScheduling):
-    """The tests of one folder run in one process: they share what they start, such as Airflow."""
+class _ByFile(LoadScopeScheduling):
+    """The tests of a file run in one process, and those of files that belong together."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid.partition("::")[0].rpartition("/")[0]
+        shared = (starts[0] for starts in TOGETHER if nodeid.startswith(starts))
+        return next(shared, nodeid.partition("::")[0])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return _ByFolder(config, log)
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

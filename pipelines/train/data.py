@@ -109,6 +109,30 @@ class Rows:
             yield codes, numbers, labels
 
 
+class Held(Rows):
+    """The same rows in the memory of a device, where a batch is taken."""
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        self.folder, self.arrays = rows.folder, rows.arrays
+        sent = ([part.to(device) for part in batch] for batch in rows.batches())
+        self.tensors = [torch.cat(parts) for parts in zip(*sent, strict=True)]
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Batch:
+        at = torch.from_numpy(indices).to(self.tensors[0].device)
+        codes, numbers, labels = (tensor[at] for tensor in self.tensors)
+        return codes, numbers, labels
+
+
+def near(rows: Rows, device: torch.device) -> Rows:
+    """The rows held by a GPU, where they take less than a third of its free memory (while they
+    are sent, twice that): a small network learns a batch sooner than the next one can be sent.
+    """
+    size = sum(array.nbytes for array in rows.arrays)
+    if device.type != "cuda" or 3 * size > torch.cuda.mem_get_info(device)[0]:
+        return rows
+    return Held(rows, device)
+
+
 def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATURES) -> Rows:
     """Write the arrays of one split below `into`, month by month, and map them."""
     folder = into / split

@@ -189,7 +189,8 @@ def _descend(
     trainer = _trainer(fit, [*ours, *watching], logger)
     if fit.trainer.compile:
         network.head.compile(dynamic=True)  # the last batch is smaller
-    encoded = [data.encode(network.encoder, rows) for rows in (train, val)]
+    device = trainer.strategy.root_device
+    encoded = [data.near(data.encode(network.encoder, rows), device) for rows in (train, val)]
     try:
         trainer.fit(module, FeatureData(encoded[0], encoded[1], fit), ckpt_path=saving.newest())
     except SystemExit as error:

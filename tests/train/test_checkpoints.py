@@ -25,7 +25,9 @@ from pipelines.train import checkpoints, fit, fitted
 from pipelines.train.data import Rows
 from pipelines.train.module import Batches
 
+pytestmark = pytest.mark.pipeline
 KILLS = 10
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 class Counted(Rows):
@@ -116,7 +118,9 @@ def long(features: Checkout) -> Checkout:
     return features
 
 
-def test_killed_at_any_moment_it_gives_the_same_bytes(long: Checkout) -> None:
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=GPU)])
+def test_killed_at_any_moment_it_gives_the_same_bytes(long: Checkout, accelerator: str) -> None:
+    long.set(fit={"trainer": {"accelerator": accelerator}})
     whole = long.run(FIT)
     assert whole.status == 0, whole
     expected = stage.digest(fitted.FOLDER)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from train.fits import arrays
 from world import Checkout
 
 from pipelines import metrics, stage, tracking
@@ -168,6 +169,15 @@ def test_a_gpu_learns_what_the_processor_learns(features: Checkout, precision: s
         fit.run(features.params())
         losses.append([one["val_loss"] for one in stage.read_json(fitted.FOLDER / fitted.CURVES)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-2)
+
+
+def test_rows_that_a_device_holds_give_the_same_batches(features: Checkout) -> None:
+    _, train, _ = arrays(features.params())
+    held = data.Held(train, torch.device("cpu"))
+    some = np.random.default_rng(7).permutation(len(train))[:300]
+    for sent, taken in zip(train.take(some), held.take(some), strict=True):
+        assert sent.dtype == taken.dtype
+        assert torch.equal(sent.nan_to_num(), taken.nan_to_num())
 
 
 def test_a_killed_fit_does_not_run_for_ever_in_the_store(features: Checkout) -> None:

@@ -17,6 +17,7 @@ from pipelines import stage
 from pipelines.deploy.replicas import free_port
 from pipelines.train import fitted
 
+pytestmark = pytest.mark.pipeline
 KILLS = 10
 
 
