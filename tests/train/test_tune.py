@@ -25,6 +25,7 @@ from pipelines.errors import UserError
 from pipelines.params import Params, Space
 from pipelines.train import study, tune, winner
 
+pytestmark = pytest.mark.pipeline
 TUNE = "pipelines.train.tune"
 DROPOUT = {"dropout": {"low": 0.0, "high": 0.5, "log": False}}
 
