@@ -1,11 +1,11 @@
 """training: rows a second of `fit` beside a bare loop over tensors in memory; in little memory.
 
-Needs data/features (make run), and trains where fit.trainer says. In one process, turn about every
-few steps, so that both have the same machine: the stage's own training (Lightning, arrays mapped
-from disk or held by a GPU, figures of an epoch, a checkpoint where one is due) and the same
-network, loss, optimiser and schedule in twenty lines of PyTorch. Turns of the first epoch warm up
-and do not count. Then the rows of many years, with less memory for a process's own data than they
-take.
+Needs data/features (make run), and trains where fit.trainer says (in 32-true or bf16-mixed). In one
+process, turn about every few steps, so that both have the same machine: the stage's own training
+(Lightning, arrays mapped from disk or held by a GPU, figures of an epoch, a checkpoint where one is
+due) and the same network, loss, optimiser and schedule in twenty lines of PyTorch. Turns of the
+first epoch warm up and do not count. Then the rows of many years, with less memory for a process's
+own data than they take.
 Run: python benchmarks/training.py [MODEL …]
 """
 
@@ -121,7 +121,8 @@ def bare(encoding: Encoding, train: Rows, options: Fit) -> Iterator[None]:
     """Each step that is asked for."""
     network = models.build(Inputs.of(encoding, train), options)
     encoded = data.encode(network.encoder, train)
-    device = "cuda" if options.trainer.accelerator == "gpu" else "cpu"
+    alone = options.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    device = "cpu" if alone else "cuda"
     codes, numbers, labels = (torch.from_numpy(np.array(a)).to(device) for a in encoded.arrays)
     network.head.to(device)
     if options.trainer.compile:
@@ -170,7 +171,9 @@ def little() -> None:
             data.materialise(encoding, split, Path(folder), Path(years))
             for split in ("train", "val")
         )
-        options = params.fit.model_copy(update={"max_epochs": 1})
+        # What a GPU's driver maps would count too.
+        trainer = params.fit.trainer.model_copy(update={"accelerator": "cpu"})
+        options = params.fit.model_copy(update={"max_epochs": 1, "trainer": trainer})
         begun = time.perf_counter()
         with redirect_stdout(io.StringIO()):
             fit.train_model(encoding, train, val, options, Path(folder) / "saved")

@@ -30,8 +30,12 @@ SLOW = ("airflow", "pipeline", "jvm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest first: so no process is left alone with them at the end."""
-    items.sort(key=lambda item: [mark not in item.keywords for mark in SLOW])
+    """The files with the slowest first: so no process is left alone with one at the end."""
+    places: dict[Path, int] = {}
+    for item in items:
+        marked = [at for at, mark in enumerate(SLOW) if item.get_closest_marker(mark)]
+        places[item.path] = min([places.get(item.path, len(SLOW)), *marked])
+    items.sort(key=lambda item: places[item.path])
 
 
 class _ByFile(LoadScopeScheduling):

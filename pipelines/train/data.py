@@ -4,6 +4,7 @@ Shapes: codes (rows, categories) int32, 0 for missing or unseen; numbers (rows, 
 NaN for missing; labels (rows,) float32.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -114,8 +115,12 @@ class Held(Rows):
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         self.folder, self.arrays = rows.folder, rows.arrays
-        sent = ([part.to(device) for part in batch] for batch in rows.batches())
-        self.tensors = [torch.cat(parts) for parts in zip(*sent, strict=True)]
+        self.tensors = [
+            torch.tensor(array[:0], device=device).new_empty(array.shape) for array in rows.arrays
+        ]
+        for at, batch in enumerate(rows.batches()):
+            for tensor, part in zip(self.tensors, batch, strict=True):
+                tensor[at * BATCH : (at + 1) * BATCH] = part
 
     def take(self, indices: npt.NDArray[np.int64]) -> Batch:
         at = torch.from_numpy(indices).to(self.tensors[0].device)
@@ -124,13 +129,16 @@ class Held(Rows):
 
 
 def near(rows: Rows, device: torch.device) -> Rows:
-    """The rows held by a GPU, where they take less than a third of its free memory (while they
-    are sent, twice that): a small network learns a batch sooner than the next one can be sent.
+    """The rows held by a CUDA GPU, where they take less than a third of its free memory: a small
+    network learns a batch sooner than the next one can be sent.
     """
-    size = sum(array.nbytes for array in rows.arrays)
-    if device.type != "cuda" or 3 * size > torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cuda":
         return rows
-    return Held(rows, device)
+    # Lightning's objects hold one another, and with them the rows of an earlier fit.
+    gc.collect()
+    torch.cuda.empty_cache()
+    size = sum(array.nbytes for array in rows.arrays)
+    return Held(rows, device) if 3 * size < torch.cuda.mem_get_info(device)[0] else rows
 
 
 def materialise(encoding: Encoding, split: str, into: Path, source: Path = FEATURES) -> Rows:

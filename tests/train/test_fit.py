@@ -180,6 +180,17 @@ def test_rows_that_a_device_holds_give_the_same_batches(features: Checkout) -> N
         assert torch.equal(sent.nan_to_num(), taken.nan_to_num())
 
 
+def test_from_rows_that_a_device_holds_the_same_is_learned(
+    features: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features.set(fit={"model": "mlp"})
+    fit.run(features.params())
+    sent = stage.digest(fitted.FOLDER)
+    monkeypatch.setattr(data, "near", data.Held)
+    fit.run(features.params())
+    assert stage.digest(fitted.FOLDER) == sent
+
+
 def test_a_killed_fit_does_not_run_for_ever_in_the_store(features: Checkout) -> None:
     params = features.params()
     store, experiment = tracking.client(params)
