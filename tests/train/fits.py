@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from world import Checkout
 
 from pipelines.params import Params
@@ -12,6 +14,7 @@ from pipelines.train import checkpoints, data
 from pipelines.train.data import Encoding, Rows
 
 FIT = "pipelines.train.fit"
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def arrays(params: Params) -> tuple[Encoding, Rows, Rows]:

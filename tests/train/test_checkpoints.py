@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from train.fits import FIT, arrays, past_an_epoch, saved, somewhere
+from train.fits import FIT, GPU, arrays, past_an_epoch, saved, somewhere
 from world import Checkout
 
 from pipelines import stage
@@ -27,7 +27,6 @@ from pipelines.train.module import Batches
 
 pytestmark = pytest.mark.pipeline
 KILLS = 10
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 class Counted(Rows):

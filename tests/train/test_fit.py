@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from train.fits import arrays
+from train.fits import GPU, arrays
 from world import Checkout
 
 from pipelines import metrics, stage, tracking
@@ -159,7 +159,7 @@ def test_half_floats_where_no_gpu_is_found_are_the_users_mistake(features: Check
         fit.run(features.params())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@GPU
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_gpu_learns_what_the_processor_learns(features: Checkout, precision: str) -> None:
     losses = []
